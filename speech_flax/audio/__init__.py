@@ -1,0 +1,1 @@
+"""From bytes to waveforms to model inputs."""

@@ -1,0 +1,238 @@
+"""Model configurations: the fields, defaults and file format of Hugging Face Transformers, as frozen dataclasses."""
+
+import dataclasses
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+CONFIG_FILE = "config.json"
+
+
+def _coerced(name: str, value: Any, hint: Any) -> Any:
+    """Returns ``value`` as the type that ``hint`` names, taking JSON's lists for tuples and whole numbers for floats.
+
+    Raises:
+      TypeError: the value does not fit; the message names the field.
+    """
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        if value is None and type(None) in typing.get_args(hint):
+            return None
+        (hint,) = (arm for arm in typing.get_args(hint) if arm is not type(None))
+    if typing.get_origin(hint) is tuple and isinstance(value, list | tuple):
+        element = typing.get_args(hint)[0]
+        return tuple(_coerced(f"{name}[{i}]", item, element) for i, item in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    wanted = getattr(hint, "__name__", None) if typing.get_origin(hint) is None else str(hint)
+    raise TypeError(f"config field {name!r} must be {wanted}, not {value!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpeechConfig:
+    """What both model families share, and how a configuration is read and written.
+
+    Configurations are immutable and hashable, so that they can be attributes of Flax modules. Fields of a
+    ``config.json`` that this library does not use (``transformers_version``, say) are kept in ``additional_fields``
+    as (name, JSON text) pairs and written back.
+    """
+
+    model_type: ClassVar[str]
+
+    vocab_size: int | None = None
+    layerdrop: float = 0.1
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-5
+
+    apply_spec_augment: bool = True
+    mask_time_prob: float = 0.05
+    mask_time_length: int = 10
+    mask_time_min_masks: int = 2
+    mask_feature_prob: float = 0.0
+    mask_feature_length: int = 10
+    mask_feature_min_masks: int = 0
+
+    ctc_loss_reduction: str = "sum"
+    ctc_zero_infinity: bool = False
+    use_weighted_layer_sum: bool = False
+
+    pad_token_id: int = 0
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+
+    output_hidden_states: bool = False
+    output_attentions: bool = False
+    id2label: tuple[str, ...] = ("LABEL_0", "LABEL_1")
+    architectures: tuple[str, ...] | None = None
+    additional_fields: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self):
+        if self.ctc_loss_reduction not in ("sum", "mean", "none"):
+            raise ValueError(f"ctc_loss_reduction must be 'sum', 'mean' or 'none', not {self.ctc_loss_reduction!r}")
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.id2label)
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        return {label: index for index, label in enumerate(self.id2label)}
+
+    @classmethod
+    def field_names(cls) -> tuple[str, ...]:
+        """The names that :meth:`from_dict` understands."""
+        return (*(f.name for f in dataclasses.fields(cls) if f.name != "additional_fields"), "num_labels")
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Self:
+        """Builds a configuration from the content of a ``config.json``.
+
+        Raises:
+          TypeError: a value has the wrong type.
+          ValueError: a value is impossible, or ``model_type`` names another family.
+        """
+        fields = dict(fields)
+        model_type = fields.pop("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(f"this is a configuration of a {model_type!r} model, not of {cls.model_type!r}")
+        fields.pop("label2id", None)
+        num_labels = fields.pop("num_labels", None)
+        if isinstance(fields.get("id2label"), dict):
+            labels = {int(index): label for index, label in fields["id2label"].items()}
+            fields["id2label"] = tuple(labels[index] for index in sorted(labels))
+        if num_labels is not None and len(fields.get("id2label") or ()) != num_labels:
+            fields["id2label"] = tuple(f"LABEL_{index}" for index in range(num_labels))
+        hints = typing.get_type_hints(cls)
+        known = {f.name for f in dataclasses.fields(cls)} - {"additional_fields"}
+        additional = tuple((name, json.dumps(value)) for name, value in sorted(fields.items()) if name not in known)
+        values = {name: _coerced(name, value, hints[name]) for name, value in fields.items() if name in known}
+        return cls(**values, additional_fields=additional)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of the ``config.json`` that Transformers reads."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "additional_fields"}
+        fields["id2label"] = {str(index): label for index, label in enumerate(self.id2label)}
+        fields["label2id"] = self.label2id
+        fields["model_type"] = self.model_type
+        return fields | {name: json.loads(text) for name, text in self.additional_fields}
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed, each checked as :meth:`from_dict` checks it; ``num_labels`` works too.
+
+        Raises:
+          TypeError: a value has the wrong type, or a name is no field of this configuration.
+        """
+        unknown = set(changes) - set(self.field_names())
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no field {sorted(unknown)[0]!r}")
+        current = self.to_dict()
+        if "num_labels" in changes:
+            current.pop("id2label")
+        return type(self).from_dict(current | changes)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, **changes: Any) -> Self:
+        """Reads ``config.json`` in a local directory.
+
+        Raises:
+          FileNotFoundError: the directory holds no ``config.json``.
+        """
+        path = Path(directory) / CONFIG_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist")
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from None
+        if not isinstance(fields, dict):
+            raise ValueError(f"{path} does not hold a JSON object")
+        config = cls.from_dict(fields)
+        return config.replace(**changes) if changes else config
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes ``config.json`` into ``directory``, which is made if it does not exist."""
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        (Path(directory) / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wav2Vec2BertConfig(SpeechConfig):
+    """Configuration of a Wav2Vec2-BERT model (Seamless Communication et al. 2023, arXiv:2312.05187, section 3.2.1).
+
+    Field names and defaults are those of ``transformers.Wav2Vec2BertConfig``; the defaults describe
+    ``facebook/w2v-bert-2.0`` (580 M parameters).
+
+    Raises:
+      ValueError: an unknown ``position_embeddings_type``, an even ``conv_depthwise_kernel_size``, an intermediate
+        feed-forward layer without adapter, or a ``hidden_size`` that the heads do not divide.
+    """
+
+    model_type: ClassVar[str] = "wav2vec2-bert"
+
+    hidden_size: int = 1024
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    intermediate_size: int = 4096
+    feature_projection_input_dim: int = 160
+    hidden_act: str = "swish"
+
+    hidden_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    feat_proj_dropout: float = 0.0
+    final_dropout: float = 0.1
+    conformer_conv_dropout: float = 0.1
+
+    position_embeddings_type: str | None = "relative_key"
+    rotary_embedding_base: int = 10000
+    max_source_positions: int = 5000
+    left_max_position_embeddings: int = 64
+    right_max_position_embeddings: int = 8
+    conv_depthwise_kernel_size: int = 31
+
+    add_adapter: bool = False
+    adapter_kernel_size: int = 3
+    adapter_stride: int = 2
+    num_adapter_layers: int = 1
+    adapter_act: str = "relu"
+    use_intermediate_ffn_before_adapter: bool = False
+    output_hidden_size: int | None = None
+
+    classifier_proj_size: int = 768
+    tdnn_dim: tuple[int, ...] = (512, 512, 512, 512, 1500)
+    tdnn_kernel: tuple[int, ...] = (5, 3, 3, 1, 1)
+    tdnn_dilation: tuple[int, ...] = (1, 2, 3, 1, 1)
+    xvector_output_dim: int = 512
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.output_hidden_size is None:
+            object.__setattr__(self, "output_hidden_size", self.hidden_size)
+        if self.position_embeddings_type not in (None, "relative_key", "relative", "rotary"):
+            raise ValueError(
+                "position_embeddings_type must be 'relative_key', 'relative', 'rotary' or None, "
+                f"not {self.position_embeddings_type!r}"
+            )
+        if self.conv_depthwise_kernel_size % 2 == 0:
+            raise ValueError(f"conv_depthwise_kernel_size must be odd, not {self.conv_depthwise_kernel_size}")
+        if self.use_intermediate_ffn_before_adapter and not self.add_adapter:
+            raise ValueError("use_intermediate_ffn_before_adapter needs add_adapter to be true")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+
+    def replace(self, **changes: Any) -> Self:
+        if "hidden_size" in changes and self.output_hidden_size == self.hidden_size:
+            changes = {"output_hidden_size": None} | changes  # it follows the hidden size
+        return super().replace(**changes)
+
+    @property
+    def inputs_to_logits_ratio(self) -> int:
+        """Audio samples per frame of logits at 10 ms per spectrogram frame and 80 mel bins (as in Transformers 5)."""
+        ratio = self.feature_projection_input_dim * 2
+        return ratio * self.adapter_stride**self.num_adapter_layers if self.add_adapter else ratio

@@ -1,0 +1,1 @@
+"""Building blocks of the models: pure functions of their inputs, parameters and random keys."""

@@ -1,0 +1,45 @@
+"""What the models return. Field names are those of Transformers; absent fields are ``None``."""
+
+from typing import Any
+
+import flax.struct
+import jax
+from jaxtyping import Array, Float
+
+HiddenStates = tuple[Float[Array, "batch frames hidden"], ...]
+Attentions = tuple[Float[Array, "batch heads frames frames"], ...]
+
+
+class ModelOutput:
+    """Mixin: tuple view of an output, without the fields that are ``None``."""
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        values = (getattr(self, name) for name in self.__dataclass_fields__)
+        return tuple(value for value in values if value is not None)
+
+    def __getitem__(self, index: int | str) -> Any:
+        return getattr(self, index) if isinstance(index, str) else self.to_tuple()[index]
+
+
+@flax.struct.dataclass
+class Wav2Vec2BaseModelOutput(ModelOutput):
+    """Output of :class:`~speech_flax.Wav2Vec2BertModel`.
+
+    ``extract_features`` is the layer-normalised input of the feature projection. ``hidden_states`` holds the input of
+    every layer and the output of the last one; ``attentions`` the attention probabilities of every layer.
+    """
+
+    last_hidden_state: Float[Array, "batch frames hidden"]
+    extract_features: Float[Array, "batch input_frames features"]
+    hidden_states: HiddenStates | None = None
+    attentions: Attentions | None = None
+
+
+@flax.struct.dataclass
+class CausalLMOutput(ModelOutput):
+    """Output of a CTC model: ``logits`` before the softmax, and ``loss`` when labels were given."""
+
+    loss: jax.Array | None = None
+    logits: Float[Array, "batch frames vocabulary"] | None = None
+    hidden_states: HiddenStates | None = None
+    attentions: Attentions | None = None

@@ -1,0 +1,1 @@
+"""Transcripts: tokenizer, vocabulary, normalisation."""

@@ -1,0 +1,1 @@
+"""Experiments: configuration, training step, sharding, checkpoints, loop, evaluation."""
