@@ -5,7 +5,7 @@ import json
 import types
 import typing
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 CONFIG_FILE = "config.json"
 
@@ -87,7 +87,7 @@ class SpeechConfig:
         return (*(f.name for f in dataclasses.fields(cls) if f.name != "additional_fields"), "num_labels")
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Self:
+    def from_dict(cls, fields: dict[str, Any]) -> "SpeechConfig":
         """Builds a configuration from the content of a ``config.json``.
 
         Raises:
@@ -119,7 +119,7 @@ class SpeechConfig:
         fields["model_type"] = self.model_type
         return fields | {name: json.loads(text) for name, text in self.additional_fields}
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, **changes: Any) -> "SpeechConfig":
         """A copy with some fields changed, each checked as :meth:`from_dict` checks it; ``num_labels`` works too.
 
         Raises:
@@ -134,7 +134,7 @@ class SpeechConfig:
         return type(self).from_dict(current | changes)
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, **changes: Any) -> Self:
+    def from_pretrained(cls, directory: str | Path, **changes: Any) -> "SpeechConfig":
         """Reads ``config.json`` in a local directory.
 
         Raises:
@@ -226,7 +226,7 @@ class Wav2Vec2BertConfig(SpeechConfig):
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
             )
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, **changes: Any) -> "SpeechConfig":
         if "hidden_size" in changes and self.output_hidden_size == self.hidden_size:
             changes = {"output_hidden_size": None} | changes  # it follows the hidden size
         return super().replace(**changes)

@@ -6,8 +6,8 @@ import flax.struct
 import jax
 from jaxtyping import Array, Float
 
-HiddenStates = tuple[Float[Array, "batch frames hidden"], ...]
-Attentions = tuple[Float[Array, "batch heads frames frames"], ...]
+HiddenStates = tuple[Float[Array, "batch encoder_frames encoder_hidden"], ...]
+Attentions = tuple[Float[Array, "batch heads encoder_frames encoder_frames"], ...]
 
 
 class ModelOutput:
@@ -37,9 +37,11 @@ class Wav2Vec2BaseModelOutput(ModelOutput):
 
 @flax.struct.dataclass
 class CausalLMOutput(ModelOutput):
-    """Output of a CTC model: ``logits`` before the softmax, and ``loss`` when labels were given."""
+    """Output of a CTC model: ``logits`` before the softmax; ``loss``, and the number of ``infeasible`` utterances, when
+    labels were given."""
 
     loss: jax.Array | None = None
     logits: Float[Array, "batch frames vocabulary"] | None = None
     hidden_states: HiddenStates | None = None
     attentions: Attentions | None = None
+    infeasible: jax.Array | None = None

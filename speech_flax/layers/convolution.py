@@ -1,0 +1,97 @@
+"""Convolutions over frames: causal depthwise, and strided for sub-sampling."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+
+@jax.custom_vjp
+def causal_depthwise_convolution(
+    inputs: Float[Array, "batch frames channels"], kernel: Float[Array, "width 1 channels"]
+) -> Float[Array, "batch frames channels"]:
+    """Each channel correlated with its own filter over the current and the ``width - 1`` previous frames.
+
+    The gradient is written out: what XLA derives for the filters of a grouped convolution is a hundred times slower
+    than the operation itself on the CPU, and does not finish compiling for TPUs.
+    """
+    return _correlate(jnp.pad(inputs, ((0, 0), (kernel.shape[0] - 1, 0), (0, 0))), kernel)
+
+
+def _correlate(padded: Array, kernel: Array) -> Array:
+    """``output[t] = sum over k of padded[t + k] * kernel[k]``."""
+    width, frames = kernel.shape[0], padded.shape[1] - kernel.shape[0] + 1
+
+    def shifted_sum(padded: Array, kernel: Array) -> Array:
+        total = padded[:, :frames] * kernel[0]
+        for tap in range(1, width):
+            total = total + padded[:, tap : tap + frames] * kernel[tap]
+        return total
+
+    def grouped(padded: Array, kernel: Array) -> Array:
+        layout = ("NWC", "WIO", "NWC")
+        return lax.conv_general_dilated(
+            padded, kernel, (1,), "VALID", dimension_numbers=layout, feature_group_count=kernel.shape[-1]
+        )
+
+    return lax.platform_dependent(padded, kernel, cpu=shifted_sum, default=grouped)
+
+
+def _depthwise_forward(inputs: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return causal_depthwise_convolution(inputs, kernel), (inputs, kernel)
+
+
+def _depthwise_backward(residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    inputs, kernel = residuals
+    width, frames = kernel.shape[0], inputs.shape[1]
+    of_inputs = _correlate(jnp.pad(cotangent, ((0, 0), (0, width - 1), (0, 0))), kernel[::-1])
+    padded = jnp.pad(inputs, ((0, 0), (width - 1, 0), (0, 0)))
+    of_taps = [
+        jnp.einsum("btc,btc->c", padded[:, tap : tap + frames], cotangent, preferred_element_type=jnp.float32)
+        for tap in range(width)
+    ]
+    return of_inputs, jnp.stack(of_taps)[:, None].astype(kernel.dtype)
+
+
+causal_depthwise_convolution.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+class CausalDepthwiseConvolution(nn.Module):
+    """Depthwise convolution without bias that sees the past alone; parameter ``kernel`` is ``[width, 1, channels]``."""
+
+    width: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, inputs: Float[Array, "batch frames channels"]) -> Float[Array, "batch frames channels"]:
+        initializer = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+        kernel = self.param("kernel", initializer, (self.width, 1, inputs.shape[-1]))
+        return causal_depthwise_convolution(inputs.astype(self.dtype), kernel.astype(self.dtype))
+
+
+def pointwise_convolution(features: int, *, name: str, dtype: DTypeLike) -> nn.Dense:
+    """A convolution of width 1 without bias: a matrix product at every frame."""
+    initializer = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+    return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=initializer, name=name)
+
+
+def strided_convolution(features: int, width: int, stride: int, *, name: str, dtype: DTypeLike) -> nn.Conv:
+    """A convolution over frames, padded by half its stride on both sides; kernel ``[width, inputs, features]``."""
+    initializer = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+
+    def bias(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
+        bound = (features / 2 * width) ** -0.5  # features are twice the inputs: a gated linear unit follows
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return nn.Conv(
+        features,
+        (width,),
+        (stride,),
+        padding=stride // 2,
+        dtype=dtype,
+        kernel_init=initializer,
+        bias_init=bias,
+        name=name,
+    )

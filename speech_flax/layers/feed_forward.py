@@ -1,0 +1,66 @@
+"""Linear layers, activations and the feed-forward block."""
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+#: Activations by the names of Transformers. ``gelu`` is the exact one.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+    "sigmoid": jax.nn.sigmoid,
+}
+
+
+def activation(name: str) -> Callable[[Array], Array]:
+    """The activation of that name.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(f"there is no activation {name!r}; known are {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def linear(features: int, *, name: str, dtype: DTypeLike, initializer_range: float, use_bias: bool = True) -> nn.Dense:
+    """A linear layer with normally distributed weights and zero bias."""
+    initializer = nn.initializers.normal(initializer_range)
+    return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=initializer, name=name)
+
+
+def gated_linear_unit(inputs: Float[Array, "*batch doubled"]) -> Float[Array, "*batch features"]:
+    """First half of the channels, gated by the sigmoid of the second (Dauphin et al. 2017)."""
+    values, gates = jnp.split(inputs, 2, axis=-1)
+    return values * jax.nn.sigmoid(gates)
+
+
+class FeedForward(nn.Module):
+    """Linear, activation, dropout, linear, dropout: ``[batch, frames, features]`` to the same shape."""
+
+    intermediate_size: int
+    hidden_act: str
+    activation_dropout: float
+    hidden_dropout: float
+    initializer_range: float
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, hidden_states: Float[Array, "batch frames features"], deterministic: bool
+    ) -> Float[Array, "batch frames features"]:
+        dense = partial(linear, dtype=self.dtype, initializer_range=self.initializer_range)
+        hidden = dense(self.intermediate_size, name="intermediate_dense")(hidden_states)
+        hidden = activation(self.hidden_act)(hidden)
+        hidden = nn.Dropout(self.activation_dropout)(hidden, deterministic)
+        hidden = dense(hidden_states.shape[-1], name="output_dense")(hidden)
+        return nn.Dropout(self.hidden_dropout)(hidden, deterministic)

@@ -1,0 +1,276 @@
+"""Wav2Vec2-BERT (Seamless Communication et al. 2023, arXiv:2312.05187, section 3.2.1; Chung et al. 2021)."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from speech_flax.configuration import Wav2Vec2BertConfig
+from speech_flax.layers.adapter import Adapter
+from speech_flax.layers.conformer import ConformerLayer
+from speech_flax.layers.feed_forward import FeedForward, linear
+from speech_flax.layers.masks import adapter_output_lengths, as_bool_mask
+from speech_flax.layers.normalization import LayerNorm
+from speech_flax.layers.sharding import shard_batch
+from speech_flax.layers.spec_augment import sample_mask_spans
+from speech_flax.losses import compact_labels, ctc_loss, reduce_ctc
+from speech_flax.models.pretrained_model import PretrainedModel
+from speech_flax.outputs import CausalLMOutput, Wav2Vec2BaseModelOutput
+
+#: What the backward pass finds again without recomputing, by name.
+REMAT_POLICIES = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+Features = Float[Array | np.ndarray, "batch frames features"]
+Mask = Shaped[Array | np.ndarray, "batch frames"]
+
+
+class FeatureProjection(nn.Module):
+    """Norm and linear layer: ``[batch, frames, features]`` to ``[batch, frames, hidden]``, and the normed input."""
+
+    config: Wav2Vec2BertConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: Features, deterministic: bool) -> tuple[Array, Array]:
+        config = self.config
+        normed = LayerNorm(config.layer_norm_eps, self.dtype, name="layer_norm")(features)
+        bound = config.feature_projection_input_dim**-0.5
+
+        def uniform(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+            return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+        project = nn.Dense(
+            config.hidden_size, dtype=self.dtype, kernel_init=uniform, bias_init=uniform, name="projection"
+        )
+        return nn.Dropout(config.feat_proj_dropout)(project(normed), deterministic), normed
+
+
+class Encoder(nn.Module):
+    """The stack of Conformer layers, compiled once and scanned; parameters are stacked along a leading axis."""
+
+    config: Wav2Vec2BertConfig
+    dtype: DTypeLike = jnp.float32
+    remat: str = "none"
+    scan_unroll: int = 1
+
+    @nn.compact
+    def __call__(
+        self,
+        hidden_states: Float[Array, "batch frames hidden"],
+        mask: Bool[Array, "batch frames"],
+        deterministic: bool,
+        output_attentions: bool,
+        output_hidden_states: bool,
+    ) -> tuple[Array, tuple[Array, ...] | None, tuple[Array, ...] | None]:
+        config = self.config
+        hidden_states = jnp.where(mask[:, :, None], hidden_states, 0)
+        hidden_states = nn.Dropout(config.hidden_dropout)(hidden_states, deterministic)
+        layer = ConformerLayer
+        if self.remat != "none":
+            layer = nn.remat(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        layers = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True, "layer_drop": True},
+            in_axes=nn.broadcast,
+            length=config.num_hidden_layers,
+            unroll=self.scan_unroll,
+        )(config, deterministic, output_hidden_states, output_attentions, self.dtype, name="layers")
+        last, (states, attentions) = layers(hidden_states, mask)
+        count = range(config.num_hidden_layers)
+        all_states = (hidden_states, *(states[index] for index in count)) if output_hidden_states else None
+        all_attentions = tuple(attentions[index] for index in count) if output_attentions else None
+        return last, all_states, all_attentions
+
+
+class Wav2Vec2BertModel(PretrainedModel, nn.Module):
+    """The bare model: feature projection, SpecAugment, encoder, and the adapter if the configuration has one.
+
+    Attributes:
+      config: Configuration.
+      dtype: Computation type; parameters are float32, norms and softmax are computed in float32.
+      remat: What the backward pass recomputes: nothing (``"none"``), all but matrix products (``"dots"``), or each
+        layer from its input (``"full"``).
+      scan_unroll: Layers per iteration of the compiled loop.
+    """
+
+    config: Wav2Vec2BertConfig
+    dtype: DTypeLike = jnp.float32
+    remat: str = "none"
+    scan_unroll: int = 1
+
+    def setup(self):
+        config = self.config
+        self.feature_projection = FeatureProjection(config, self.dtype)
+        if config.mask_time_prob > 0 or config.mask_feature_prob > 0:
+            self.masked_spec_embed = self.param(
+                "masked_spec_embed", nn.initializers.uniform(1.0), (config.hidden_size,)
+            )
+        self.encoder = Encoder(config, self.dtype, self.remat, self.scan_unroll)
+        if config.use_intermediate_ffn_before_adapter:
+            self.intermediate_ffn = FeedForward(
+                config.intermediate_size,
+                "relu",
+                config.activation_dropout,
+                config.hidden_dropout,
+                config.initializer_range,
+                self.dtype,
+            )
+        if config.add_adapter:
+            self.adapter = Adapter(config, self.dtype)
+
+    def __call__(
+        self,
+        input_features: Features,
+        attention_mask: Mask | None = None,
+        mask_time_indices: Mask | None = None,
+        *,
+        deterministic: bool = True,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> Wav2Vec2BaseModelOutput:
+        """Encode log-mel features.
+
+        Args:
+          input_features: Stacked log-mel frames, from :class:`~speech_flax.SeamlessM4TFeatureExtractor`.
+          attention_mask: 1 for frames that count, 0 for padding on the right; all count by default.
+          mask_time_indices: Frames to replace by the mask embedding instead of those that SpecAugment would draw; has
+            an effect only if ``config.apply_spec_augment``, and then in evaluation too.
+          deterministic: No dropout, SpecAugment or LayerDrop. Otherwise the random streams ``dropout``,
+            ``spec_augment`` and ``layer_drop`` are needed.
+          output_attentions: Return attention probabilities; default ``config.output_attentions``.
+          output_hidden_states: Return the states of all layers; default ``config.output_hidden_states``.
+        """
+        config = self.config
+        attentions_wanted = config.output_attentions if output_attentions is None else output_attentions
+        states_wanted = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        batch, frames, _ = input_features.shape
+        mask = as_bool_mask(attention_mask, batch, frames)
+        lengths = mask.sum(-1).astype(jnp.int32)
+
+        hidden, normed = self.feature_projection(shard_batch(jnp.asarray(input_features)), deterministic)
+        hidden = self._spec_augment(hidden, lengths, mask_time_indices, deterministic)
+        hidden, states, attentions = self.encoder(hidden, mask, deterministic, attentions_wanted, states_wanted)
+        if config.use_intermediate_ffn_before_adapter:
+            hidden = hidden + 0.5 * self.intermediate_ffn(hidden, deterministic)
+        if config.add_adapter:
+            hidden = self.adapter(hidden, lengths, deterministic)
+        return Wav2Vec2BaseModelOutput(hidden, normed, states, attentions)
+
+    def _spec_augment(
+        self, hidden: Array, lengths: Int[Array, "batch"], mask_time_indices: Mask | None, deterministic: bool
+    ) -> Array:
+        """Replace spans of frames by the mask embedding, and zero spans of features (Park et al. 2019)."""
+        config = self.config
+        if not config.apply_spec_augment:
+            return hidden
+        batch, frames, size = hidden.shape
+        masked = None
+        if mask_time_indices is not None:
+            masked = jnp.asarray(mask_time_indices).astype(bool)
+        elif config.mask_time_prob > 0 and not deterministic:
+            masked = sample_mask_spans(
+                self.make_rng("spec_augment"),
+                lengths,
+                frames,
+                mask_prob=config.mask_time_prob,
+                mask_length=config.mask_time_length,
+                min_masks=config.mask_time_min_masks,
+            )
+        if masked is not None:
+            hidden = jnp.where(masked[:, :, None], self.masked_spec_embed.astype(hidden.dtype), hidden)
+        if config.mask_feature_prob > 0 and not deterministic:
+            silenced = sample_mask_spans(
+                self.make_rng("spec_augment"),
+                jnp.full((batch,), size, jnp.int32),
+                size,
+                mask_prob=config.mask_feature_prob,
+                mask_length=config.mask_feature_length,
+                min_masks=config.mask_feature_min_masks,
+            )
+            hidden = jnp.where(silenced[:, None], 0, hidden)
+        return hidden
+
+
+class Wav2Vec2BertForCTC(PretrainedModel, nn.Module):
+    """The model with a linear layer that scores the symbols of a vocabulary at every frame.
+
+    Attributes are those of :class:`Wav2Vec2BertModel`.
+
+    Raises:
+      ValueError: the configuration has no ``vocab_size``.
+    """
+
+    config: Wav2Vec2BertConfig
+    dtype: DTypeLike = jnp.float32
+    remat: str = "none"
+    scan_unroll: int = 1
+
+    def setup(self):
+        config = self.config
+        if config.vocab_size is None:
+            raise ValueError("a CTC model needs config.vocab_size: the number of symbols of the tokenizer")
+        self.wav2vec2_bert = Wav2Vec2BertModel(config, self.dtype, self.remat, self.scan_unroll)
+        self.dropout = nn.Dropout(config.final_dropout)
+        self.lm_head = linear(
+            config.vocab_size, name="lm_head", dtype=self.dtype, initializer_range=config.initializer_range
+        )
+
+    def __call__(
+        self,
+        input_features: Features,
+        attention_mask: Mask | None = None,
+        mask_time_indices: Mask | None = None,
+        labels: Int[Array | np.ndarray, "batch labels"] | None = None,
+        *,
+        deterministic: bool = True,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> CausalLMOutput:
+        """Score every frame, and compute the CTC loss if ``labels`` are given.
+
+        Args:
+          labels: Label ids; negative ones (-100 by custom) are left out, wherever they stand.
+
+        The other arguments are those of :class:`Wav2Vec2BertModel`. The loss is reduced as ``ctc_loss_reduction`` and
+        ``ctc_zero_infinity`` of the configuration say; ``infeasible`` counts the utterances with too few frames for
+        their labels.
+
+        Raises:
+          ValueError: a label that is not below ``vocab_size`` (checked outside of ``jit`` alone).
+        """
+        config = self.config
+        outputs = self.wav2vec2_bert(
+            input_features,
+            attention_mask,
+            mask_time_indices,
+            deterministic=deterministic,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
+        logits = self.lm_head(self.dropout(outputs.last_hidden_state, deterministic))
+        loss = infeasible = None
+        if labels is not None:
+            if not isinstance(labels, jax.core.Tracer) and np.max(labels, initial=-1) >= config.vocab_size:
+                raise ValueError(f"labels must be below vocab_size {config.vocab_size}; one is {np.max(labels)}")
+            frames = as_bool_mask(attention_mask, *input_features.shape[:2]).sum(-1).astype(jnp.int32)
+            compact, label_lengths = compact_labels(jnp.asarray(labels))
+            losses, feasible = ctc_loss(
+                logits, adapter_output_lengths(frames, config), compact, label_lengths, blank_id=config.pad_token_id
+            )
+            loss = reduce_ctc(
+                losses,
+                feasible,
+                label_lengths,
+                reduction=config.ctc_loss_reduction,
+                zero_infinity=config.ctc_zero_infinity,
+            )
+            infeasible = (~feasible).sum()
+        return CausalLMOutput(loss, logits, outputs.hidden_states, outputs.attentions, infeasible)
