@@ -1,0 +1,118 @@
+"""The command ``speech-flax``: train, convert, transcribe, evaluate.
+
+A mistake of the user ends in one sentence on standard error and exit code 1. Set ``SPEECH_FLAX_TRACEBACK=1`` to see
+where it was noticed.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one sub-command and return its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    commands: dict[str, Callable[[Sequence[str]], int]] = {
+        "train": _train,
+        "convert": _convert,
+        "transcribe": _transcribe,
+        "evaluate": _evaluate,
+    }
+    if not arguments or arguments[0] not in commands:
+        known = ", ".join(commands)
+        print(f"usage: speech-flax COMMAND ...\ncommands: {known}; each explains itself with --help")
+        if arguments and arguments[0] not in ("-h", "--help"):
+            print(f"error: there is no command {arguments[0]!r}", file=sys.stderr)
+        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("speech_flax").setLevel(logging.INFO)
+    try:
+        return commands[arguments[0]](arguments[1:])
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if os.environ.get("SPEECH_FLAX_TRACEBACK"):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+
+
+def _train(arguments: Sequence[str]) -> int:
+    from speech_flax.training.experiment import experiment_parser, parse_experiment, read_experiment
+    from speech_flax.training.loop import train
+
+    parser = experiment_parser()
+    parser.add_argument(
+        "--resume", type=str | None, default=None, help="Run directory to continue, with the configuration it holds."
+    )
+    if arguments and arguments[0] == "--resume" and len(arguments) == 2:
+        experiment = read_experiment(Path(arguments[1]) / "config.yaml")
+    elif any(argument.split("=")[0] == "--resume" for argument in arguments):
+        raise ValueError("--resume RUN_DIRECTORY stands alone: the run directory holds the configuration")
+    else:
+        experiment = parse_experiment(parser, arguments)[0]
+    train(experiment)
+    return 0
+
+
+def _convert(arguments: Sequence[str]) -> int:
+    from speech_flax.conversion.command import main as convert
+
+    return convert(arguments)
+
+
+def _transcribe(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="speech-flax transcribe", description="Print the text of audio files.")
+    parser.add_argument("files", nargs="+", help="Audio files: WAV, FLAC, MP3, Ogg, Opus, AIFF, SPHERE; any rate.")
+    parser.add_argument("--model", required=True, help="Directory or hub id of a CTC model with its processor.")
+    parser.add_argument("--json", action="store_true", help="One JSON object per file, with the times of words.")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="Computation type.")
+    parser.add_argument("--chunk_seconds", type=float, default=30.0, help="Longest stretch read at once [s].")
+    parser.add_argument("--margin_seconds", type=float, default=4.0, help="Context kept on both sides of a cut [s].")
+    options = parser.parse_args(arguments)
+    for file in options.files:
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"{file}: no such file")
+
+    import dataclasses
+
+    from tqdm import tqdm
+
+    from speech_flax import Wav2Vec2BertForCTC, Wav2Vec2BertProcessor
+    from speech_flax.transcription import Transcriber, transcribe_files
+
+    processor = Wav2Vec2BertProcessor.from_pretrained(options.model)
+    model, params = Wav2Vec2BertForCTC.from_pretrained(options.model, dtype=options.dtype)
+    transcriber = Transcriber(
+        model, params, processor, chunk_seconds=options.chunk_seconds, margin_seconds=options.margin_seconds
+    )
+    files = tqdm(options.files, unit="file", disable=None, leave=False)
+    for path, transcript in transcribe_files(transcriber, files):
+        if options.json:
+            tqdm.write(json.dumps({"file": str(path), **dataclasses.asdict(transcript)}, ensure_ascii=False))
+        else:
+            prefix = f"{path}: " if len(options.files) > 1 else ""
+            tqdm.write(prefix + transcript.text)
+    return 0
+
+
+def _evaluate(arguments: Sequence[str]) -> int:
+    from speech_flax.training.experiment import experiment_parser, parse_experiment
+    from speech_flax.training.loop import evaluate_model
+
+    parser = experiment_parser("speech-flax evaluate")
+    parser.add_argument("--model_directory", "--model", type=str, required=True, help="Directory of a trained model.")
+    parser.add_argument("--split", choices=("validation", "test"), default="test", help="Utterances to score.")
+    experiment, options = parse_experiment(parser, arguments)
+    evaluation = evaluate_model(experiment, options.model_directory, options.split)
+    print(json.dumps(evaluation.numbers(), indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

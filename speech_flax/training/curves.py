@@ -1,0 +1,35 @@
+"""The picture of a run: loss, learning rate and error rates by step."""
+
+import json
+from pathlib import Path
+
+
+def draw_curves(metrics: Path, picture: Path) -> None:
+    """Draw ``metrics.jsonl`` as a PNG with two panels: losses and learning rate; error rates in percent."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+
+    def series(name: str) -> tuple[list[int], list[float]]:
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        return [step for step, _ in points], [value for _, value in points]
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    losses, errors = figure.subplots(1, 2)
+    losses.plot(*series("train/loss"), label="training loss", color="tab:blue")
+    losses.plot(*series("validation/loss"), label="validation loss", color="tab:orange", marker="o", markersize=3)
+    losses.set(xlabel="step", ylabel="CTC loss", yscale="log")
+    rate = losses.twinx()
+    rate.plot(*series("train/learning_rate"), label="learning rate", color="tab:gray", linestyle=":")
+    rate.set(ylabel="learning rate", ylim=(0, None))
+    lines = [*losses.get_lines(), *rate.get_lines()]
+    losses.legend(lines, [line.get_label() for line in lines], loc="upper right")
+    for name, label in (("validation/wer", "word error rate"), ("validation/cer", "character error rate")):
+        steps, values = series(name)
+        errors.plot(steps, [100 * value for value in values], label=label, marker="o", markersize=3)
+    errors.set(xlabel="step", ylabel="validation error [%]", ylim=(0, 105))
+    errors.grid(alpha=0.3)
+    errors.legend()
+    figure.savefig(picture, dpi=120)

@@ -1,0 +1,257 @@
+"""What an experiment is: frozen dataclasses, read from a YAML file and overridden on the command line.
+
+Every leaf is typed and has its place; an unknown key is refused with the nearest known one named. The resolved
+experiment is written into the run directory and, read back, gives the same experiment.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from speech_flax.data.sources import DataSource
+
+
+class ExperimentError(ValueError):
+    """A mistake in a configuration file or on the command line, in one sentence."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """The model that is trained.
+
+    Args:
+        family: Model family.
+        pretrained: Directory or hub id whose weights are fine-tuned; none trains from random weights.
+        config: Fields of the model's configuration that replace the defaults, or those of ``pretrained``.
+        dtype: Computation type. Parameters are always float32; softmax, norms and losses are computed in float32.
+        remat: What is kept for the backward pass: all ("none"), matrix products ("dots"), layer inputs only ("full").
+        scan_unroll: Encoder layers per iteration of the compiled loop: more compile slower and may run faster.
+    """
+
+    family: Literal["wav2vec2-bert"] = "wav2vec2-bert"
+    pretrained: str | None = None
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "dots", "full"] = "none"
+    scan_unroll: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureSettings:
+    """The log-mel front end of Wav2Vec2-BERT; ignored when ``model.pretrained`` brings its own.
+
+    Args:
+        stride: Log-mel frames of 10 ms that are stacked into one feature frame.
+        num_mel_bins: Mel filters per log-mel frame.
+    """
+
+    stride: int = 2
+    num_mel_bins: int = 80
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """Where utterances come from, and how they are batched.
+
+    Args:
+        train: Utterances to train on.
+        validation: Utterances whose error rate is followed during training.
+        test: Utterances whose error rate is reported at the end.
+        vocabulary: A ``vocab.json``; none builds one from the characters of the training transcripts.
+        batch_seconds: Audio seconds per step, padding included, over all devices.
+        batch_size: Utterances per step at most.
+        num_buckets: Number of length buckets, each a static shape that is compiled once.
+        num_workers: Threads that read and decode audio ahead of the device.
+        cache_decoded_mb: Memory for decoded audio that is kept between epochs, in MiB.
+        max_bad_fraction: Share of unreadable files among those seen that stops the run.
+    """
+
+    train: DataSource
+    validation: DataSource | None = None
+    test: DataSource | None = None
+    vocabulary: str | None = None
+    batch_seconds: float = 320.0
+    batch_size: int = 512
+    num_buckets: int = 4
+    num_workers: int = 2
+    cache_decoded_mb: int = 0
+    max_bad_fraction: float = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW and its learning-rate schedule.
+
+    Args:
+        learning_rate: Peak learning rate.
+        schedule: After a linear warm-up: hold, then decay exponentially ("tri_stage"); decay linearly to the final
+            rate; or follow half a cosine down to it.
+        warmup: Share of all steps in which the learning rate rises.
+        hold: Share of all steps at the peak rate (tri_stage).
+        final_scale: Learning rate of the last step relative to the peak.
+        weight_decay: Decoupled decay of matrices; norms and biases are never decayed.
+        betas: Decay rates of the moments.
+        epsilon: Added to the root of the second moment.
+        max_gradient_norm: Global norm to which gradients are clipped.
+        max_skipped_steps: Consecutive steps with a non-finite loss or gradient, each skipped, that abort the run.
+    """
+
+    learning_rate: float = 5e-5
+    schedule: Literal["tri_stage", "linear", "cosine"] = "tri_stage"
+    warmup: float = 0.1
+    hold: float = 0.4
+    final_scale: float = 0.05
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.98)
+    epsilon: float = 1e-8
+    max_gradient_norm: float = 1.0
+    max_skipped_steps: int = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSettings:
+    """Shape of the device mesh; at most one axis is -1 and takes the devices that remain.
+
+    Args:
+        data: Replicas of the parameters, each with its own rows of the batch.
+        fsdp: Shards of parameters and optimizer state, each with its own rows of the batch.
+        tensor: Shards of every layer's width.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One experiment: everything that decides the outcome of a run, and where it is kept.
+
+    Args:
+        data: Utterances and batches.
+        run_directory: Directory of this run; an unfinished run in it is continued.
+        task: What is learned.
+        seed: Decides initial weights, data order, dropout and SpecAugment.
+        steps: Optimizer steps.
+        accumulation: Micro-batches per step; same gradients, less memory.
+        log_every: Steps between two log lines.
+        evaluate_every: Steps between two evaluations on the validation utterances.
+        checkpoint_every: Steps between two checkpoints.
+        keep_checkpoints: How many checkpoints are kept.
+        compilation_cache: Directory in which compiled programs are kept for the next run; none turns that off.
+        model: The model.
+        features: The log-mel front end.
+        optimizer: Optimizer and schedule.
+        mesh: Device mesh.
+    """
+
+    data: DataSettings
+    run_directory: str
+    task: Literal["ctc"] = "ctc"
+    seed: int = 0
+    steps: int = 10_000
+    accumulation: int = 1
+    log_every: int = 20
+    evaluate_every: int = 500
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    compilation_cache: str | None = "~/.cache/speech_flax"
+    model: ModelSettings = ModelSettings()
+    features: FeatureSettings = FeatureSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    mesh: MeshSettings = MeshSettings()
+
+    def __post_init__(self):
+        positive = {name: getattr(self, name) for name in ("steps", "accumulation", "log_every", "evaluate_every")}
+        positive |= {name: getattr(self, name) for name in ("checkpoint_every", "keep_checkpoints")}
+        positive |= {f"data.{name}": getattr(self.data, name) for name in ("batch_seconds", "batch_size")}
+        for name, value in positive.items():
+            if value <= 0:
+                raise ExperimentError(f"{name} is {value}; it must be at least 1")
+
+
+def experiment_parser(prog: str = "train.py") -> ArgumentParser:
+    """The command line of one experiment: ``--config FILE`` and one option per leaf."""
+    parser = ArgumentParser(
+        prog=prog,
+        exit_on_error=False,
+        default_meta=False,
+        description="Train a model as a configuration file describes it; every field can be overridden.",
+    )
+    parser.add_argument("--config", action="config", help="YAML file of the experiment, see configs/.")
+    parser.add_class_arguments(Experiment)
+    return parser
+
+
+def parse_experiment(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Experiment, Any]:
+    """The experiment that ``arguments`` describe, and the other options of ``parser`` as a namespace.
+
+    Raises:
+        ExperimentError: for an unknown key, a value of the wrong type, or a missing or malformed file.
+    """
+    try:
+        options = parser.parse_args(list(arguments))
+        instantiated = parser.instantiate(options)
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise ExperimentError(_one_sentence(str(error))) from error
+    names = [field.name for field in dataclasses.fields(Experiment)]
+    return Experiment(**{name: instantiated[name] for name in names}), options
+
+
+def read_experiment(path: str | Path, *overrides: str) -> Experiment:
+    """The experiment in a YAML file, with command-line style ``overrides`` (``"--seed=1"``)."""
+    return parse_experiment(experiment_parser(), ["--config", str(path), *overrides])[0]
+
+
+def write_experiment(experiment: Experiment, path: str | Path) -> None:
+    """Write the resolved experiment as YAML that :func:`read_experiment` reads back to an equal one."""
+    import yaml
+
+    Path(path).write_text(yaml.safe_dump(_plain(experiment), sort_keys=False))
+
+
+def differences(ours: Experiment, theirs: Experiment) -> list[str]:
+    """Dotted names of the leaves in which two experiments differ."""
+    left, right = dict(_leaves(_plain(ours))), dict(_leaves(_plain(theirs)))
+    return [name for name in {**left, **right} if left.get(name) != right.get(name)]
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return dict(value) if isinstance(value, dict) else value
+
+
+def _leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(tree, dict) or not tree:
+        yield name, tree
+        return
+    for key, value in tree.items():
+        yield from _leaves(value, f"{name}.{key}" if name else key)
+
+
+def _field_names(kind: type) -> Iterator[str]:
+    for field in dataclasses.fields(kind):
+        yield field.name
+    for nested in (DataSettings, ModelSettings, FeatureSettings, OptimizerSettings, MeshSettings, DataSource):
+        if kind is Experiment:
+            yield from _field_names(nested)
+
+
+def _one_sentence(message: str) -> str:
+    """The parser's message on one line, with the nearest known name for a key that does not exist."""
+    message = re.sub(r"\s+", " ", message).strip()
+    message = re.sub(r"Problem with given class_path '[^']*': ?", "", message)
+    unknown = re.search(r"(?:accept option|Option|Key|arguments:) '?(?:--)?([\w.]+)'?", message)
+    if unknown and ("accept" in message or "Unrecognized" in message):
+        name = unknown.group(1).split(".")[-1]
+        nearest = difflib.get_close_matches(name, sorted(set(_field_names(Experiment))), n=1, cutoff=0.5)
+        message += f"; did you mean '{nearest[0]}'?" if nearest else "; see --help for the known names"
+    return message

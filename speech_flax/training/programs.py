@@ -1,0 +1,102 @@
+"""The compiled programs of a run: one training and one evaluation step per length bucket."""
+
+import os
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from speech_flax.data.loader import Batch
+from speech_flax.training.sharding import batch_sharding, state_shardings, to_global
+from speech_flax.training.step import Predictions, StepMetrics, TrainState, evaluation_step, train_step
+from speech_flax.training.task import CTCTask, initial_parameters
+
+
+def use_compilation_cache(directory: str | None) -> None:
+    """Keep compiled programs in ``directory`` from run to run."""
+    if directory is not None:
+        path = Path(os.path.expandvars(directory)).expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(path))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def device_arrays(batch: Batch) -> dict[str, np.ndarray]:
+    """The arrays of a batch that the device needs."""
+    names = ("waveforms", "sample_lengths", "labels", "label_lengths", "valid")
+    return {name: getattr(batch, name) for name in names}
+
+
+class Programs:
+    """Training state and steps over one mesh, compiled ahead of time for each shape of batch."""
+
+    def __init__(
+        self, task: CTCTask, optimizer: optax.GradientTransformation, mesh: Mesh, *, seed: int, accumulation: int = 1
+    ):
+        self.mesh = mesh
+        self._create = partial(self._random_state, task, optimizer, seed)
+        abstract = jax.eval_shape(self._create)
+        self._shardings = state_shardings(abstract, mesh)
+        self.abstract_state: TrainState = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            abstract,
+            self._shardings,
+        )
+        self._optimizer = optimizer
+        step = partial(train_step, task=task, optimizer=optimizer, seed=seed, accumulation=accumulation)
+        self._train = jax.jit(step, donate_argnums=0, out_shardings=(self._shardings, None))
+        self._evaluate = jax.jit(partial(evaluation_step, task=task))
+        self._compiled: dict[tuple, jax.stages.Compiled] = {}
+
+    @staticmethod
+    def _random_state(task: CTCTask, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+        return TrainState.create(initial_parameters(task, jax.random.key(seed)), optimizer)
+
+    def initial_state(self, pretrained: PyTree | None = None) -> TrainState:
+        """The state before step 0; every array is born on the devices that hold it."""
+        with jax.set_mesh(self.mesh):
+            if pretrained is None:
+                return jax.jit(self._create, out_shardings=self._shardings)()
+            params = jax.tree.map(jax.device_put, pretrained, self._shardings.params)
+            create = partial(TrainState.create, optimizer=self._optimizer)
+            return jax.jit(create, out_shardings=self._shardings)(params)
+
+    def compile(self, batch: Batch, *, training: bool) -> jax.stages.Compiled:
+        """The program for batches of this shape; compiled at the first call."""
+        arrays = device_arrays(batch)
+        key = (training, *(array.shape for array in arrays.values()))
+        if key not in self._compiled:
+            sharding, processes = batch_sharding(self.mesh), jax.process_count()
+            abstract = {
+                name: jax.ShapeDtypeStruct((rows.shape[0] * processes, *rows.shape[1:]), rows.dtype, sharding=sharding)
+                for name, rows in arrays.items()
+            }
+            with jax.set_mesh(self.mesh):
+                if training:
+                    lowered = self._train.lower(self.abstract_state, abstract)
+                else:
+                    lowered = self._evaluate.lower(self.abstract_state.params, abstract)
+                self._compiled[key] = lowered.compile()
+        return self._compiled[key]
+
+    def train(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        """One step; returns before the devices have finished it."""
+        return self.compile(batch, training=True)(state, to_global(device_arrays(batch), self.mesh))
+
+    def predict(self, params: PyTree, batch: Batch) -> Predictions:
+        """Greedy predictions and losses of one batch."""
+        return self.compile(batch, training=False)(params, to_global(device_arrays(batch), self.mesh))
+
+
+def parameter_count(params: PyTree) -> int:
+    """Number of trained scalars."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def all_finite(tree: PyTree) -> bool:
+    """Whether every array of ``tree`` holds finite numbers only."""
+    return bool(jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree)))

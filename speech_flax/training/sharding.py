@@ -1,0 +1,128 @@
+"""The device mesh, and where every parameter lives on it.
+
+Activations are sharded by row of the batch over ``data`` and ``fsdp``; parameters and optimizer state over ``fsdp`` and
+``tensor`` as the table below says.
+"""
+
+import math
+import re
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from speech_flax.training.experiment import MeshSettings
+
+BATCH_AXES = ("data", "fsdp")
+
+# Pattern of the whole parameter path -> axes. Leaves under encoder/layers carry a leading axis of layers.
+_NORM = r"(\w*layer_norm|layer_norm\w*)/(scale|bias)"
+_WIDENING = r"(intermediate_dense|linear_q|linear_k|linear_v|linear_pos|pointwise_conv1)"
+_NARROWING = r"(output_dense|linear_out|pointwise_conv2)"
+PARAMETER_RULES: tuple[tuple[str, P], ...] = (
+    (rf"encoder/layers/(.*/)?{_NORM}", P()),
+    (rf"encoder/layers/.*/{_WIDENING}/kernel", P(None, "fsdp", "tensor")),
+    (rf"encoder/layers/.*/{_NARROWING}/kernel", P(None, "tensor", "fsdp")),
+    (rf"encoder/layers/.*/({_WIDENING}|{_NARROWING})/bias", P()),
+    (r"encoder/layers/.*/depthwise_conv/kernel", P(None, None, None, "fsdp")),
+    (r"encoder/layers/.*/(distance_embedding/embedding|pos_bias_[uv])", P()),
+    (rf"feature_projection/{_NORM}", P()),
+    (r"feature_projection/projection/kernel", P(None, "fsdp")),
+    (r"feature_projection/projection/bias", P()),
+    (r"masked_spec_embed", P()),
+    (rf"adapter/(.*/)?{_NORM}", P()),
+    (r"adapter/(.*/)?(proj|linear_[qkv]|intermediate_dense)/kernel", P("fsdp", "tensor")),
+    (r"adapter/.*/(linear_out|output_dense)/kernel", P("tensor", "fsdp")),
+    (r"adapter/.*/(residual_conv|self_attn_conv)/kernel", P(None, None, "fsdp")),
+    (r"adapter/.*/bias(?<!norm/bias)", P()),
+    (rf"intermediate_ffn/{_WIDENING}/kernel", P("fsdp", "tensor")),
+    (rf"intermediate_ffn/{_NARROWING}/kernel", P("tensor", "fsdp")),
+    (r"intermediate_ffn/.*/bias", P()),
+    (r"lm_head/kernel", P("fsdp", None)),
+    (r"lm_head/bias", P()),
+)
+
+
+class ShardingError(ValueError):
+    """A mesh that does not fit the devices, the batch or the model."""
+
+
+def make_mesh(settings: MeshSettings, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh over all devices with axes ``data``, ``fsdp`` and ``tensor``.
+
+    Raises:
+        ShardingError: when the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {"data": settings.data, "fsdp": settings.fsdp, "tensor": settings.tensor}
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ShardingError(f"mesh sizes must be positive, and at most one -1; they are {sizes}")
+    taken = math.prod(size for size in sizes.values() if size != -1)
+    if free and len(devices) % taken == 0:
+        sizes[free[0]] = len(devices) // taken
+    if math.prod(sizes.values()) != len(devices):
+        shape = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ShardingError(
+            f"mesh {shape} does not fit {len(devices)} device(s): the sizes must multiply to {len(devices)}; "
+            "set one of mesh.data, mesh.fsdp, mesh.tensor to -1 to let it take the rest"
+        )
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def batch_divisor(mesh: Mesh) -> int:
+    """Number of shards that a batch is cut into: its rows must be a multiple of it."""
+    return math.prod(mesh.shape[name] for name in BATCH_AXES)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over ``data`` and ``fsdp``, everything else whole."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def parameter_spec(path: str) -> P:
+    """The axes of the parameter at ``path`` (below the base model's or the head's name).
+
+    Raises:
+        ShardingError: when no rule, or more than one, matches.
+    """
+    matches = [spec for pattern, spec in PARAMETER_RULES if re.fullmatch(rf"(\w+/)?{pattern}", path)]
+    if len(matches) != 1:
+        raise ShardingError(f"{len(matches)} sharding rules match the parameter {path}; exactly one must")
+    return matches[0]
+
+
+def _key(entry: jax.tree_util.KeyEntry) -> str:
+    return str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry))))
+
+
+def state_shardings(state: jax.typing.ArrayLike, mesh: Mesh):
+    """Shardings of a training state: parameters by the table, moments as their parameter, the rest replicated.
+
+    Raises:
+        ShardingError: when a dimension is not divisible by the mesh axis that shards it.
+    """
+
+    def sharding(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        names = [_key(entry) for entry in path]
+        owner = next((i for i, name in enumerate(names) if name in ("params", "mu", "nu")), None)
+        if owner is None:
+            return NamedSharding(mesh, P())
+        name = "/".join(names[owner + 1 :])
+        spec = parameter_spec(name)
+        for size, axis in zip(leaf.shape, spec, strict=False):
+            if axis is not None and size % mesh.shape[axis]:
+                raise ShardingError(
+                    f"mesh.{axis} = {mesh.shape[axis]} does not divide the width {size} of {name}; "
+                    f"choose a divisor of {math.gcd(size, len(mesh.devices.flat) * size)}"
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Arrays over all devices from the rows that this process holds."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
