@@ -1,7 +1,6 @@
 """The utterances of an experiment, and the plans that batch them."""
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -9,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from speech_flax.data.buckets import duration_samples, suggest_buckets
-from speech_flax.data.loader import Batch, load_batches
+from speech_flax.data.loader import BatchLoader
 from speech_flax.data.plan import BatchPlan
 from speech_flax.data.sources import DataSource, Utterances, open_source
 from speech_flax.text.tokenizer import Wav2Vec2CTCTokenizer
@@ -24,21 +23,12 @@ class Split:
     utterances: Utterances
     plan: BatchPlan
 
-    def batches(
-        self,
-        tokenizer: Wav2Vec2CTCTokenizer,
-        settings: DataSettings,
-        *,
-        first_step: int = 0,
-        num_steps: int | None = None,
-    ) -> Iterator[Batch]:
-        """This process's rows of the batches from ``first_step`` on; by default one pass over the utterances."""
-        return load_batches(
+    def loader(self, tokenizer: Wav2Vec2CTCTokenizer, settings: DataSettings) -> BatchLoader:
+        """Reads this process's rows of the batches."""
+        return BatchLoader(
             self.plan,
             self.utterances,
             tokenizer,
-            first_step=first_step,
-            num_steps=self.plan.steps_per_epoch if num_steps is None else num_steps,
             shard=(jax.process_index(), jax.process_count()),
             num_workers=settings.num_workers,
             cache_decoded_mb=settings.cache_decoded_mb,

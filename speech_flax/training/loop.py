@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from speech_flax.data.loader import Batch, BatchLoader
 from speech_flax.models.wav2vec2_bert import Wav2Vec2BertForCTC
 from speech_flax.processing import Wav2Vec2BertProcessor
 from speech_flax.training.checkpoints import Checkpoints
@@ -136,6 +137,7 @@ class Trainer:
         self.seconds = 0.0
         self.rows_seen = 0
         self.bad_files: list[str] = []
+        self._loaders: dict[str, BatchLoader] = {}
 
     def initial_state(self, pretrained: Any) -> TrainState:
         """The newest checkpoint's state, or the state before step 0."""
@@ -158,10 +160,9 @@ class Trainer:
         if first >= experiment.steps:
             return state
         started, before = time.monotonic(), self.seconds
-        self.compile_all()
-        batches = self.splits["train"].batches(
-            self.processor.tokenizer, experiment.data, first_step=first, num_steps=experiment.steps - first
-        )
+        loader = self.loader("train")
+        self.compile_all(loader)
+        batches = loader.batches(first, experiment.steps - first)
         log = MetricsLog(self.run_directory, first) if jax.process_index() == 0 else None
         progress = Progress(experiment.steps, first, log, self.learning_rate, experiment.log_every)
         try:
@@ -182,24 +183,28 @@ class Trainer:
             self._abort_if_never_finite(progress.flush())
         finally:
             progress.close()
-            if hasattr(batches, "close"):
-                batches.close()
+            batches.close()
         self.seconds = before + time.monotonic() - started
         return state
 
-    def compile_all(self) -> None:
+    def loader(self, name: str) -> BatchLoader:
+        """Reads the batches of the split ``name``; made once, so that decoded audio is kept between evaluations."""
+        if name not in self._loaders:
+            self._loaders[name] = self.splits[name].loader(self.processor.tokenizer, self.experiment.data)
+        return self._loaders[name]
+
+    def compile_all(self, loader: BatchLoader) -> None:
         """Compile the training step of every bucket before the first one runs."""
-        split = self.splits["train"]
-        for index, bucket in enumerate(split.plan.buckets):
-            if split.plan.batches_per_bucket[index] == 0:
+        for index, bucket in enumerate(loader.plan.buckets):
+            if loader.plan.batches_per_bucket[index] == 0:
                 continue
             began = time.monotonic()
-            self.programs.compile(split.empty_batch(index), training=True)
+            self.programs.compile(loader.empty_batch(index), training=True)
             say(f"compiled {bucket.batch_size} x {bucket.max_seconds:g} s in {time.monotonic() - began:.1f} s")
 
     def evaluate(self, params: Any, name: str) -> Evaluation:
         """Error rates on the split ``name``."""
-        batches = self.splits[name].batches(self.processor.tokenizer, self.experiment.data)
+        batches = self.loader(name).batches()
         evaluation = evaluate(params, batches, self.programs.predict, self.processor.tokenizer)
         for message in evaluation.bad:
             logger.warning("%s: skipped %s", name, message)
@@ -216,7 +221,7 @@ class Trainer:
         progress = {"train_seconds": self.seconds, "rows_seen": self.rows_seen, "bad_files": self.bad_files}
         self.checkpoints.save(state, progress)
 
-    def _count_files(self, batch: Any) -> None:
+    def _count_files(self, batch: Batch) -> None:
         self.rows_seen += int(batch.valid.sum()) + len(batch.bad)
         for message in batch.bad:
             if message not in self.bad_files:
@@ -320,14 +325,7 @@ def evaluate_model(experiment: Experiment, directory: str, split: str) -> Evalua
     extractor = processor.feature_extractor
     task = CTCTask(model, extractor.stride, extractor.num_mel_bins, extractor.padding_value, model.config.pad_token_id)
     programs = Programs(task, make_optimizer(experiment.optimizer, 1), mesh, seed=experiment.seed)
-    utterances = open_split(
-        source,
-        experiment.data,
-        mesh,
-        accumulation=1,
-        seed=0,
-        training=False,
-        cache=RunDirectory(experiment).path / "durations.json",
-    )
-    batches = utterances.batches(processor.tokenizer, experiment.data)
+    cache = RunDirectory(experiment).path / "durations.json"
+    chosen = open_split(source, experiment.data, mesh, accumulation=1, seed=0, training=False, cache=cache)
+    batches = chosen.loader(processor.tokenizer, experiment.data).batches()
     return evaluate(programs.initial_state(params).params, batches, programs.predict, processor.tokenizer)
