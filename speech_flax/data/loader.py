@@ -1,0 +1,210 @@
+"""Batches of audio and labels, read ahead of the device in parallel, in the order of a plan."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int32
+from tqdm import tqdm
+
+from speech_flax.audio.decoding import AudioError
+from speech_flax.data.plan import EMPTY_ROW, BatchPlan
+from speech_flax.data.sources import Utterances
+from speech_flax.data.waveform_cache import WaveformCache
+
+IGNORED_LABEL = -100
+# A decoded file may be this much longer than planned (rounded durations, resampling) and is cut; beyond, it is bad.
+_MAX_EXCESS_SECONDS = 0.1
+_LABEL_MULTIPLE = 8
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What the loader needs of a tokenizer."""
+
+    def encode(self, text: str) -> list[int]:
+        """Label ids of a transcript."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batch:
+    """One step's rows on this process; all shapes are those of the length bucket.
+
+    ``waveforms`` are mono at the plan's rate and zero past ``sample_lengths``; ``labels`` are -100 past
+    ``label_lengths``. ``valid`` is false for empty rows and for files that could not be read, whose messages, beginning
+    with the utterance's id, are in ``bad``; such rows are all padding. ``ids`` and ``texts`` are empty in empty rows.
+    """
+
+    step: int
+    waveforms: Float32[np.ndarray, "rows samples"]
+    sample_lengths: Int32[np.ndarray, "rows"]
+    labels: Int32[np.ndarray, "rows max_labels"]
+    label_lengths: Int32[np.ndarray, "rows"]
+    valid: Bool[np.ndarray, "rows"]
+    ids: list[str]
+    texts: list[str]
+    bad: list[str]
+
+
+class BatchLoader:
+    """Reads the batches of a plan: audio decoded and padded, transcripts as labels.
+
+    Batches are made by ``num_workers`` threads, or, with ``num_processes``, by that many processes of one thread
+    each. Threads share the cache and start at once; decoding and resampling leave Python's lock to them. The order is
+    the plan's whatever their number.
+
+    Args:
+        plan: Which utterances make up which step.
+        utterances: What the plan's rows number.
+        tokenizer: Turns transcripts into labels.
+        shard: (index, count) of this process: it gets that one of ``count`` equal consecutive parts of every batch.
+        num_workers: Threads that read ahead.
+        num_processes: Worker processes that read instead of threads.
+        cache_decoded_mb: Memory for decoded audio that is kept between epochs, in MiB, over all workers.
+
+    Raises:
+        ValueError: when ``count`` does not divide a batch size, or plan and utterances differ in number.
+    """
+
+    def __init__(
+        self,
+        plan: BatchPlan,
+        utterances: Utterances,
+        tokenizer: Tokenizer,
+        *,
+        shard: tuple[int, int] = (0, 1),
+        num_workers: int = 2,
+        num_processes: int = 0,
+        cache_decoded_mb: int = 0,
+    ):
+        if plan.num_utterances != len(utterances):
+            raise ValueError(f"the plan is for {plan.num_utterances} utterances, but there are {len(utterances)}")
+        if num_workers < 1 or num_processes < 0:
+            raise ValueError(f"{num_workers} worker threads and {num_processes} processes cannot read; ask for one")
+        index, count = shard
+        for bucket in plan.buckets:
+            if bucket.batch_size % count:
+                raise ValueError(f"{count} processes cannot share batches of {bucket.batch_size}; choose a multiple")
+        self.plan = plan
+        self.label_widths = label_widths(plan, utterances.texts(), tokenizer)
+        cache = WaveformCache(cache_decoded_mb * 2**20 // max(num_processes, 1))
+        self._reader = _BatchReader(plan, utterances, tokenizer, self.label_widths, index, count, cache)
+        self._num_workers = num_workers
+        self._num_processes = num_processes
+
+    def empty_batch(self, bucket_index: int) -> Batch:
+        """A batch of the bucket's shape without utterances, to compile for."""
+        size = self.plan.buckets[bucket_index].batch_size
+        return self._reader.read(0, bucket_index, np.full(size, EMPTY_ROW))
+
+    def batches(self, first_step: int = 0, num_steps: int | None = None) -> Iterator[Batch]:
+        """The batches of steps ``first_step``, ``first_step + 1``, ...; by default, one epoch of them.
+
+        Closing the iterator, or leaving a loop over it, ends the reading.
+
+        Raises:
+            OSError, ValueError: whatever goes wrong other than an unreadable audio file, at the step where it does.
+        """
+        import grain
+
+        num_steps = self.plan.steps_per_epoch if num_steps is None else num_steps
+        steps = grain.MapDataset.range(first_step, first_step + num_steps).map(self._reader)
+        threads = 1 if self._num_processes else self._num_workers
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+        dataset = steps.to_iter_dataset(options)
+        if self._num_processes:
+            workers = grain.MultiprocessingOptions(num_workers=self._num_processes, per_worker_buffer_size=2)
+            dataset = dataset.mp_prefetch(workers)
+        iterator = iter(dataset)
+        try:
+            yield from iterator
+        finally:
+            iterator.close()
+
+
+def load_batches(
+    plan: BatchPlan,
+    utterances: Utterances,
+    tokenizer: Tokenizer,
+    first_step: int = 0,
+    num_steps: int | None = None,
+    **options: object,
+) -> Iterator[Batch]:
+    """``BatchLoader(plan, utterances, tokenizer, **options).batches(first_step, num_steps)``."""
+    return BatchLoader(plan, utterances, tokenizer, **options).batches(first_step, num_steps)
+
+
+def label_widths(plan: BatchPlan, texts: Sequence[str], tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Labels per row of every bucket: enough for all utterances that may be in it, a multiple of 8."""
+    progress = tqdm(texts, desc="labels of transcripts", delay=2, disable=None, leave=False)
+    lengths = np.array([len(tokenizer.encode(text)) for text in progress])
+    own_bucket = np.searchsorted(plan.bucket_samples, plan.num_samples)
+    longest = np.ones(len(plan.buckets), np.int64)
+    np.maximum.at(longest, own_bucket, lengths)
+    # What does not fill a batch joins a longer bucket, so that each must be wide enough for all shorter ones.
+    longest = np.maximum.accumulate(longest)
+    return tuple(int(-(-width // _LABEL_MULTIPLE) * _LABEL_MULTIPLE) for width in longest)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _BatchReader:
+    """Makes the batch of one step; runs in worker threads or processes."""
+
+    plan: BatchPlan
+    utterances: Utterances
+    tokenizer: Tokenizer
+    label_widths: tuple[int, ...]
+    shard_index: int
+    shard_count: int
+    cache: WaveformCache
+
+    def __call__(self, step: int) -> Batch:
+        planned = self.plan.batch(int(step))
+        return self.read(planned.step, planned.bucket_index, planned.row_indices)
+
+    def read(self, step: int, bucket_index: int, row_indices: np.ndarray) -> Batch:
+        """This process's part of the rows."""
+        size = row_indices.size // self.shard_count
+        rows = row_indices[self.shard_index * size : (self.shard_index + 1) * size]
+        batch = Batch(
+            step=step,
+            waveforms=np.zeros((size, self.plan.bucket_samples[bucket_index]), np.float32),
+            sample_lengths=np.zeros(size, np.int32),
+            labels=np.full((size, self.label_widths[bucket_index]), IGNORED_LABEL, np.int32),
+            label_lengths=np.zeros(size, np.int32),
+            valid=np.zeros(size, bool),
+            ids=[""] * size,
+            texts=[""] * size,
+            bad=[],
+        )
+        for row, index in enumerate(rows.tolist()):
+            if index != EMPTY_ROW:
+                self._fill(batch, row, index)
+        return batch
+
+    def _fill(self, batch: Batch, row: int, index: int) -> None:
+        batch.ids[row] = self.utterances.ids()[index]
+        batch.texts[row] = self.utterances.texts()[index]
+        try:
+            waveform = self._waveform(index)[: batch.waveforms.shape[1]]
+        except (AudioError, OSError) as error:
+            message = str(error)
+            batch.bad.append(message if batch.ids[row] in message else f"{batch.ids[row]}: {message}")
+            return
+        labels = self.tokenizer.encode(batch.texts[row])
+        batch.waveforms[row, : waveform.size] = waveform
+        batch.sample_lengths[row] = waveform.size
+        batch.labels[row, : len(labels)] = labels
+        batch.label_lengths[row] = len(labels)
+        batch.valid[row] = True
+
+    def _waveform(self, index: int) -> np.ndarray:
+        waveform = self.cache.get(index)
+        if waveform is None:
+            waveform = self.utterances.waveform(index)
+            planned, actual = (n / self.plan.sampling_rate for n in (self.plan.num_samples[index], waveform.size))
+            if actual > planned + _MAX_EXCESS_SECONDS:
+                raise AudioError(f"is {actual:.1f} s long, but its batch was planned for {planned:.1f} s")
+            self.cache.put(index, waveform)
+        return waveform

@@ -1,0 +1,222 @@
+"""Tables of utterances as they are found: a path or hub id to one Arrow table with a row per utterance."""
+
+import csv
+import dataclasses
+import difflib
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64
+
+MANIFEST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
+SPLIT_COLUMN = "split"
+WHOLE = "train"
+
+
+class SourceError(ValueError):
+    """A data source that cannot be read, in one sentence that says what to change."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Some ``rows`` of a ``datasets.Dataset``, which is never copied; relative audio paths start from ``directory``;
+    ``origin`` names the table in messages."""
+
+    dataset: Any
+    rows: Int64[np.ndarray, "rows"]
+    directory: Path
+    origin: str
+
+    @classmethod
+    def whole(cls, dataset: Any, directory: Path, origin: str) -> "Table":
+        """All rows of ``dataset``."""
+        return cls(dataset, np.arange(len(dataset)), directory, origin)
+
+    def values(self, column: str) -> list[Any]:
+        """One column of the rows."""
+        values = self.dataset[column][:]
+        return values if self.rows.size == len(values) else [values[row] for row in self.rows]
+
+    def column(self, wanted: str | None, known: Sequence[str], field: str) -> str:
+        """The name of a column: ``wanted``, or the first of ``known`` that exists.
+
+        Raises:
+            SourceError: when there is none, with the columns that exist and the nearest one.
+        """
+        names = self.dataset.column_names
+        for name in (wanted,) if wanted is not None else known:
+            if name in names:
+                return name
+        sought = repr(wanted) if wanted is not None else " or ".join(repr(name) for name in known)
+        nearest = difflib.get_close_matches(wanted or known[0], names, n=1, cutoff=0.5)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; set {field} to one of them"
+        raise SourceError(f"{self.origin} has no column {sought} but {', '.join(map(repr, names))}{hint}")
+
+
+def read_table(path: str, split: str, name: str | None = None) -> Table:
+    """The rows of ``split`` in a manifest, a local directory or a data set on the Hugging Face hub.
+
+    A manifest is a CSV, TSV or JSON Lines file. Its rows belong to the split that their column ``split`` names, or,
+    without such a column, to ``train``. A directory is searched for, in this order: ``<split>/metadata.*``,
+    ``<split>.*`` and ``metadata.*`` with a manifest's suffix; a data set written by ``Dataset.save_to_disk``; data
+    files that ``datasets`` recognises by their names, such as ``data/train-00000-of-00004.parquet``. Single Parquet and
+    Arrow files are read as they are. ``name`` is the configuration of a hub data set (a language, often).
+
+    Raises:
+        SourceError: when nothing is found, a file is malformed, or the split does not exist or is empty.
+    """
+    local = Path(path).expanduser()
+    if local.is_file():
+        table = _read_file(local, split)
+    elif local.is_dir():
+        table = _read_directory(local, split, name)
+    elif _may_be_hub_id(path):
+        table = Table.whole(_load(path, split, name), Path(), f"data set {path!r}")
+    else:
+        raise SourceError(f"data source {path!r} is neither a file nor a directory")
+    if table.rows.size == 0:
+        raise SourceError(f"split {split!r} of {table.origin} has no rows")
+    return table
+
+
+def _may_be_hub_id(path: str) -> bool:
+    parts = path.split("/")
+    return len(parts) == 2 and all(part and part.strip(".~") for part in parts) and not Path(path).suffix
+
+
+def _read_file(path: Path, split: str) -> Table:
+    if path.suffix in MANIFEST_SUFFIXES:
+        return _of_split(_read_manifest(path), split)
+    if path.suffix == ".parquet":
+        dataset = _load("parquet", WHOLE, data_files=str(path), origin=str(path))
+    elif path.suffix == ".arrow":
+        dataset = _load("arrow", WHOLE, data_files=str(path), origin=str(path))
+    else:
+        raise SourceError(f"{path} is no manifest: expected {', '.join(MANIFEST_SUFFIXES)}, .parquet or .arrow")
+    return _of_split(Table.whole(dataset, path.parent, str(path)), split)
+
+
+def _read_directory(directory: Path, split: str, name: str | None) -> Table:
+    for stem in (f"{split}/metadata", split):
+        for suffix in MANIFEST_SUFFIXES:
+            if (manifest := directory / f"{stem}{suffix}").is_file():
+                return _read_manifest(manifest)
+    for suffix in MANIFEST_SUFFIXES:
+        if (manifest := directory / f"metadata{suffix}").is_file():
+            return _of_split(_read_manifest(manifest), split)
+    if (directory / "dataset_dict.json").is_file() or (directory / "state.json").is_file():
+        return _read_saved(directory, split)
+    return Table.whole(_load(str(directory), split, name), directory, str(directory))
+
+
+def _read_saved(directory: Path, split: str) -> Table:
+    import datasets
+
+    if (directory / "state.json").is_file():
+        return _of_split(Table.whole(datasets.load_from_disk(str(directory)), directory, str(directory)), split)
+    saved = datasets.load_from_disk(str(directory))
+    if split not in saved:
+        raise SourceError(_no_split(str(directory), split, saved))
+    return Table.whole(saved[split], directory, str(directory))
+
+
+def _no_split(origin: str, split: str, known: Iterable[str]) -> str:
+    return f"{origin} has no split {split!r} but {', '.join(sorted(map(repr, known)))}"
+
+
+def _of_split(table: Table, split: str) -> Table:
+    """The rows of a table whose column ``split``, if it has one, says so."""
+    if SPLIT_COLUMN in table.dataset.column_names:
+        values = np.array(table.values(SPLIT_COLUMN), object)
+        rows = table.rows[values == split]
+        if rows.size == 0:
+            raise SourceError(_no_split(table.origin, split, {str(value) for value in values}))
+        return dataclasses.replace(table, rows=rows)
+    if split != WHOLE:
+        raise SourceError(
+            f"{table.origin} has no split {split!r}: it has no column {SPLIT_COLUMN!r}, so all its rows are {WHOLE!r}"
+        )
+    return table
+
+
+def _read_manifest(path: Path) -> Table:
+    import datasets
+
+    try:
+        columns = _read_json(path) if path.suffix in (".json", ".jsonl") else _read_csv(path)
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it") from error
+    try:
+        return Table.whole(datasets.Dataset.from_dict(columns), path.parent, str(path))
+    except Exception as error:  # Arrow raises several unrelated types for values of different types in one column
+        raise SourceError(f"{path} mixes types of values in one column: {_first_line(error)}") from error
+
+
+def _read_csv(path: Path) -> dict[str, list[str]]:
+    """Columns of a CSV or TSV file with a header. Every value stays text: no "null" or "1e5" is taken for a number."""
+    tabs = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {"strict": True}
+    rows = []
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, **tabs)
+        try:
+            header = next(reader, None)
+            if not header:
+                raise SourceError(f"{path} is empty; its first line must name the columns")
+            for row in reader:
+                if len(row) == len(header):
+                    rows.append(row)
+                elif row:
+                    raise SourceError(
+                        f"{path}, line {reader.line_num}, has {len(row)} fields, but the header has {len(header)}; "
+                        "quote values that hold the separator"
+                    )
+        except csv.Error as error:
+            raise SourceError(f"{path}, line {reader.line_num}: {error}") from error
+    if len(set(header)) < len(header):
+        raise SourceError(f"{path} names a column twice: {', '.join(header)}")
+    return {name: list(values) for name, values in zip(header, zip(*rows, strict=True), strict=True)} if rows else {}
+
+
+def _read_json(path: Path) -> dict[str, list[Any]]:
+    """Columns of a file with one JSON object per line, or one list of objects."""
+    text = path.read_text(encoding="utf-8-sig")
+    if text.lstrip().startswith("["):
+        records = _parse_json(text, path, 1)
+    else:
+        lines = enumerate(text.split("\n"), 1)
+        records = [_parse_json(line, path, number) for number, line in lines if line.strip()]
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict):
+            raise SourceError(f"{path}: record {number} is no JSON object but {str(record)[:40]!r}")
+    names = {name: None for record in records for name in record}
+    return {name: [record.get(name) for record in records] for name in names}
+
+
+def _parse_json(text: str, path: Path, first_line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise SourceError(f"{path}, line {first_line + error.lineno - 1}, is not JSON: {error.msg}") from error
+
+
+def _load(path: str, split: str, name: str | None = None, origin: str | None = None, **options: Any) -> Any:
+    """``datasets.load_dataset`` with one-sentence errors, and progress bars on a terminal only."""
+    import datasets
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    origin = origin or f"data set {path!r}"
+    try:
+        return datasets.load_dataset(path, name, split=split, **options)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, KeyError, ImportError) as error:
+        cause = error.__cause__ or error
+        raise SourceError(f"cannot read split {split!r} of {origin}: {_first_line(cause)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
