@@ -9,6 +9,9 @@ from typing import Any, ClassVar
 
 CONFIG_FILE = "config.json"
 
+#: Whose behaviour the models reproduce where implementations differ; see ``SpeechConfig.compatibility``.
+COMPATIBILITIES = ("transformers-4.37", "transformers-5", "fairseq", "corrected")
+
 
 def _coerced(name: str, value: Any, hint: Any) -> Any:
     """Returns ``value`` as the type that ``hint`` names, taking JSON's lists for tuples and whole numbers for floats.
@@ -38,10 +41,16 @@ class SpeechConfig:
     Configurations are immutable and hashable, so that they can be attributes of Flax modules. Fields of a
     ``config.json`` that this library does not use (``transformers_version``, say) are kept in ``additional_fields``
     as (name, JSON text) pairs and written back.
+
+    ``compatibility`` says whose behaviour counts where implementations differ, known bugs included:
+    ``"transformers-4.37"`` (default), ``"transformers-5"`` or ``"fairseq"``; ``"corrected"`` has none of the bugs: an
+    utterance gives the same outputs alone and padded in a batch. It is written to ``config.json`` unless it is the
+    default.
     """
 
     model_type: ClassVar[str]
 
+    compatibility: str = COMPATIBILITIES[0]
     vocab_size: int | None = None
     layerdrop: float = 0.1
     initializer_range: float = 0.02
@@ -72,6 +81,9 @@ class SpeechConfig:
     def __post_init__(self):
         if self.ctc_loss_reduction not in ("sum", "mean", "none"):
             raise ValueError(f"ctc_loss_reduction must be 'sum', 'mean' or 'none', not {self.ctc_loss_reduction!r}")
+        if self.compatibility not in COMPATIBILITIES:
+            known = ", ".join(map(repr, COMPATIBILITIES))
+            raise ValueError(f"compatibility must be one of {known}, not {self.compatibility!r}")
 
     @property
     def num_labels(self) -> int:
@@ -117,6 +129,8 @@ class SpeechConfig:
         fields["id2label"] = {str(index): label for index, label in enumerate(self.id2label)}
         fields["label2id"] = self.label2id
         fields["model_type"] = self.model_type
+        if self.compatibility == COMPATIBILITIES[0]:
+            del fields["compatibility"]
         return fields | {name: json.loads(text) for name, text in self.additional_fields}
 
     def replace(self, **changes: Any) -> "SpeechConfig":
