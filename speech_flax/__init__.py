@@ -7,6 +7,7 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "HubertConfig": "configuration",
     "Wav2Vec2BertConfig": "configuration",
     "Wav2Vec2BertModel": "models.wav2vec2_bert",
     "Wav2Vec2BertForCTC": "models.wav2vec2_bert",

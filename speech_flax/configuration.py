@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from pathlib import Path
@@ -49,6 +50,8 @@ class SpeechConfig:
     """
 
     model_type: ClassVar[str]
+    #: Fields of the published sizes, by the name that :meth:`named` takes.
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
 
     compatibility: str = COMPATIBILITIES[0]
     vocab_size: int | None = None
@@ -84,6 +87,18 @@ class SpeechConfig:
         if self.compatibility not in COMPATIBILITIES:
             known = ", ".join(map(repr, COMPATIBILITIES))
             raise ValueError(f"compatibility must be one of {known}, not {self.compatibility!r}")
+
+    @classmethod
+    def named(cls, name: str, **changes: Any) -> "SpeechConfig":
+        """The architecture of a published model: its sizes and norms, with every rate and switch at its default.
+
+        Raises:
+          ValueError: an unknown name; the message lists those that are known.
+          TypeError: see :meth:`replace`, which ``changes`` go through.
+        """
+        if name not in cls.PRESETS:
+            raise ValueError(f"{cls.__name__} has no size {name!r}; known are {', '.join(map(repr, cls.PRESETS))}")
+        return cls(**cls.PRESETS[name]).replace(**changes)
 
     @property
     def num_labels(self) -> int:
@@ -186,6 +201,7 @@ class Wav2Vec2BertConfig(SpeechConfig):
     """
 
     model_type: ClassVar[str] = "wav2vec2-bert"
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"w2v-bert-2.0": {}}
 
     hidden_size: int = 1024
     num_hidden_layers: int = 24
@@ -250,3 +266,96 @@ class Wav2Vec2BertConfig(SpeechConfig):
         """Audio samples per frame of logits at 10 ms per spectrogram frame and 80 mel bins (as in Transformers 5)."""
         ratio = self.feature_projection_input_dim * 2
         return ratio * self.adapter_stride**self.num_adapter_layers if self.add_adapter else ratio
+
+
+def _hubert_size(hidden_size: int, num_hidden_layers: int, intermediate_size: int) -> dict[str, Any]:
+    """What HuBERT large and xlarge share: layer norm in every convolution, and before every sub-layer."""
+    return {
+        "hidden_size": hidden_size,
+        "num_hidden_layers": num_hidden_layers,
+        "num_attention_heads": 16,
+        "intermediate_size": intermediate_size,
+        "feat_extract_norm": "layer",
+        "conv_bias": True,
+        "do_stable_layer_norm": True,
+    }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HubertConfig(SpeechConfig):
+    """Configuration of a HuBERT model (Hsu et al. 2021, arXiv:2106.07447, table 1).
+
+    Field names and defaults are those of ``transformers.HubertConfig``, with the fields that its models read without
+    declaring them: ``adapter_attn_dim``, ``add_adapter`` and ``output_hidden_size``. The defaults describe HuBERT base
+    (94 M parameters); large has 315 M, xlarge 963 M.
+
+    Raises:
+      ValueError: ``conv_dim``, ``conv_stride`` and ``conv_kernel`` of different lengths, an unknown
+        ``feat_extract_norm``, a ``hidden_size`` that the heads or the groups of the positional convolution do not
+        divide, or an ``output_hidden_size`` that no layer could make.
+    """
+
+    model_type: ClassVar[str] = "hubert"
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "hubert-base": {},
+        "hubert-large": _hubert_size(1024, 24, 4096),
+        "hubert-xlarge": _hubert_size(1280, 48, 5120),
+    }
+
+    vocab_size: int | None = 32
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    do_stable_layer_norm: bool = False
+
+    hidden_dropout: float = 0.1
+    activation_dropout: float = 0.1
+    attention_dropout: float = 0.1
+    feat_proj_layer_norm: bool = True
+    feat_proj_dropout: float = 0.0
+    final_dropout: float = 0.1
+
+    feat_extract_norm: str = "group"
+    feat_extract_activation: str = "gelu"
+    conv_dim: tuple[int, ...] = (512, 512, 512, 512, 512, 512, 512)
+    conv_stride: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
+    conv_kernel: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
+    conv_bias: bool = False
+    num_conv_pos_embeddings: int = 128
+    num_conv_pos_embedding_groups: int = 16
+    conv_pos_batch_norm: bool = False
+
+    adapter_attn_dim: int | None = None
+    add_adapter: bool = False
+    output_hidden_size: int | None = None
+
+    classifier_proj_size: int = 256
+
+    def __post_init__(self):
+        super().__post_init__()
+        lengths = {name: len(getattr(self, name)) for name in ("conv_dim", "conv_stride", "conv_kernel")}
+        if len(set(lengths.values())) > 1:
+            listed = ", ".join(f"{name} {length}" for name, length in lengths.items())
+            raise ValueError(f"the convolutional layers need one entry each; there are: {listed}")
+        if self.feat_extract_norm not in ("group", "layer"):
+            raise ValueError(f"feat_extract_norm must be 'group' or 'layer', not {self.feat_extract_norm!r}")
+        for name in ("num_attention_heads", "num_conv_pos_embedding_groups"):
+            if self.hidden_size % getattr(self, name):
+                raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {name} {getattr(self, name)}")
+        if self.add_adapter and self.output_hidden_size not in (None, self.hidden_size):
+            raise ValueError(
+                f"HuBERT has no adapter that could make output_hidden_size {self.output_hidden_size} of hidden_size "
+                f"{self.hidden_size}; leave add_adapter false"
+            )
+
+    @property
+    def num_feat_extract_layers(self) -> int:
+        """Convolutional layers."""
+        return len(self.conv_dim)
+
+    @property
+    def inputs_to_logits_ratio(self) -> int:
+        """Audio samples per frame of logits."""
+        return math.prod(self.conv_stride)
