@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
+from numpy.typing import DTypeLike
 from tqdm import tqdm
 
 from speech_flax.audio.decoding import AudioError
@@ -20,11 +21,11 @@ _LABEL_MULTIPLE = 8
 
 
 @runtime_checkable
-class Tokenizer(Protocol):
-    """What the loader needs of a tokenizer."""
+class LabelEncoder(Protocol):
+    """Turns the label of an utterance, a transcript for instance, into numbers; a tokenizer is one."""
 
-    def encode(self, text: str) -> list[int]:
-        """Label ids of a transcript."""
+    def encode(self, text: str) -> Sequence[int] | Sequence[float]:
+        """The numbers of one label."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,7 +40,7 @@ class Batch:
     step: int
     waveforms: Float32[np.ndarray, "rows samples"]
     sample_lengths: Int32[np.ndarray, "rows"]
-    labels: Int32[np.ndarray, "rows max_labels"]
+    labels: Int32[np.ndarray, "rows max_labels"] | Float32[np.ndarray, "rows max_labels"]
     label_lengths: Int32[np.ndarray, "rows"]
     valid: Bool[np.ndarray, "rows"]
     ids: list[str]
@@ -57,7 +58,8 @@ class BatchLoader:
     Args:
         plan: Which utterances make up which step.
         utterances: What the plan's rows number.
-        tokenizer: Turns transcripts into labels.
+        encoder: Turns transcripts, or labels of another kind, into numbers.
+        label_dtype: Type of these numbers.
         shard: (index, count) of this process: it gets that one of ``count`` equal consecutive parts of every batch.
         num_workers: Threads that read ahead.
         num_processes: Worker processes that read instead of threads.
@@ -71,12 +73,13 @@ class BatchLoader:
         self,
         plan: BatchPlan,
         utterances: Utterances,
-        tokenizer: Tokenizer,
+        encoder: LabelEncoder,
         *,
         shard: tuple[int, int] = (0, 1),
         num_workers: int = 2,
         num_processes: int = 0,
         cache_decoded_mb: int = 0,
+        label_dtype: DTypeLike = np.int32,
     ):
         if plan.num_utterances != len(utterances):
             raise ValueError(f"the plan is for {plan.num_utterances} utterances, but there are {len(utterances)}")
@@ -87,9 +90,11 @@ class BatchLoader:
             if bucket.batch_size % count:
                 raise ValueError(f"{count} processes cannot share batches of {bucket.batch_size}; choose a multiple")
         self.plan = plan
-        self.label_widths = label_widths(plan, utterances.texts(), tokenizer)
+        self.label_widths = label_widths(plan, utterances.texts(), encoder)
         cache = WaveformCache(cache_decoded_mb * 2**20 // max(num_processes, 1))
-        self._reader = _BatchReader(plan, utterances, tokenizer, self.label_widths, index, count, cache)
+        self._reader = _BatchReader(
+            plan, utterances, encoder, self.label_widths, np.dtype(label_dtype), index, count, cache
+        )
         self._num_workers = num_workers
         self._num_processes = num_processes
 
@@ -126,19 +131,19 @@ class BatchLoader:
 def load_batches(
     plan: BatchPlan,
     utterances: Utterances,
-    tokenizer: Tokenizer,
+    encoder: LabelEncoder,
     first_step: int = 0,
     num_steps: int | None = None,
     **options: object,
 ) -> Iterator[Batch]:
-    """``BatchLoader(plan, utterances, tokenizer, **options).batches(first_step, num_steps)``."""
-    return BatchLoader(plan, utterances, tokenizer, **options).batches(first_step, num_steps)
+    """``BatchLoader(plan, utterances, encoder, **options).batches(first_step, num_steps)``."""
+    return BatchLoader(plan, utterances, encoder, **options).batches(first_step, num_steps)
 
 
-def label_widths(plan: BatchPlan, texts: Sequence[str], tokenizer: Tokenizer) -> tuple[int, ...]:
+def label_widths(plan: BatchPlan, texts: Sequence[str], encoder: LabelEncoder) -> tuple[int, ...]:
     """Labels per row of every bucket: enough for all utterances that may be in it, a multiple of 8."""
     progress = tqdm(texts, desc="labels of transcripts", delay=2, disable=None, leave=False)
-    lengths = np.array([len(tokenizer.encode(text)) for text in progress])
+    lengths = np.array([len(encoder.encode(text)) for text in progress])
     own_bucket = np.searchsorted(plan.bucket_samples, plan.num_samples)
     longest = np.ones(len(plan.buckets), np.int64)
     np.maximum.at(longest, own_bucket, lengths)
@@ -153,8 +158,9 @@ class _BatchReader:
 
     plan: BatchPlan
     utterances: Utterances
-    tokenizer: Tokenizer
+    encoder: LabelEncoder
     label_widths: tuple[int, ...]
+    label_dtype: np.dtype
     shard_index: int
     shard_count: int
     cache: WaveformCache
@@ -171,7 +177,7 @@ class _BatchReader:
             step=step,
             waveforms=np.zeros((size, self.plan.bucket_samples[bucket_index]), np.float32),
             sample_lengths=np.zeros(size, np.int32),
-            labels=np.full((size, self.label_widths[bucket_index]), IGNORED_LABEL, np.int32),
+            labels=np.full((size, self.label_widths[bucket_index]), IGNORED_LABEL, self.label_dtype),
             label_lengths=np.zeros(size, np.int32),
             valid=np.zeros(size, bool),
             ids=[""] * size,
@@ -192,7 +198,7 @@ class _BatchReader:
             message = str(error)
             batch.bad.append(message if batch.ids[row] in message else f"{batch.ids[row]}: {message}")
             return
-        labels = self.tokenizer.encode(batch.texts[row])
+        labels = self.encoder.encode(batch.texts[row])
         batch.waveforms[row, : waveform.size] = waveform
         batch.sample_lengths[row] = waveform.size
         batch.labels[row, : len(labels)] = labels

@@ -6,12 +6,12 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from speech_flax.data.buckets import duration_samples, suggest_buckets
-from speech_flax.data.loader import BatchLoader
+from speech_flax.data.loader import BatchLoader, LabelEncoder
 from speech_flax.data.plan import BatchPlan
 from speech_flax.data.sources import DataSource, Utterances, open_source
-from speech_flax.text.tokenizer import Wav2Vec2CTCTokenizer
 from speech_flax.training.experiment import DataSettings
 from speech_flax.training.sharding import ShardingError, batch_divisor
 
@@ -23,12 +23,13 @@ class Split:
     utterances: Utterances
     plan: BatchPlan
 
-    def loader(self, tokenizer: Wav2Vec2CTCTokenizer, settings: DataSettings) -> BatchLoader:
+    def loader(self, encoder: LabelEncoder, settings: DataSettings, label_dtype: DTypeLike) -> BatchLoader:
         """Reads this process's rows of the batches."""
         return BatchLoader(
             self.plan,
             self.utterances,
-            tokenizer,
+            encoder,
+            label_dtype=label_dtype,
             shard=(jax.process_index(), jax.process_count()),
             num_workers=settings.num_workers,
             cache_decoded_mb=settings.cache_decoded_mb,

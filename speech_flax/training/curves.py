@@ -1,11 +1,13 @@
-"""The picture of a run: loss, learning rate and error rates by step."""
+"""The picture of a run: loss, learning rate and metrics by step."""
 
 import json
 from pathlib import Path
 
+from speech_flax.training.evaluation import RATIOS
+
 
 def draw_curves(metrics: Path, picture: Path) -> None:
-    """Draw ``metrics.jsonl`` as a PNG with two panels: losses and learning rate; error rates in percent."""
+    """Draw ``metrics.jsonl`` as a PNG with two panels: losses and learning rate; validation metrics that are ratios."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -20,16 +22,18 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     losses, errors = figure.subplots(1, 2)
     losses.plot(*series("train/loss"), label="training loss", color="tab:blue")
     losses.plot(*series("validation/loss"), label="validation loss", color="tab:orange", marker="o", markersize=3)
-    losses.set(xlabel="step", ylabel="CTC loss", yscale="log")
+    losses.set(xlabel="step", ylabel="loss", yscale="log")
     rate = losses.twinx()
     rate.plot(*series("train/learning_rate"), label="learning rate", color="tab:gray", linestyle=":")
     rate.set(ylabel="learning rate", ylim=(0, None))
     lines = [*losses.get_lines(), *rate.get_lines()]
     losses.legend(lines, [line.get_label() for line in lines], loc="upper right")
-    for name, label in (("validation/wer", "word error rate"), ("validation/cer", "character error rate")):
-        steps, values = series(name)
-        errors.plot(steps, [100 * value for value in values], label=label, marker="o", markersize=3)
-    errors.set(xlabel="step", ylabel="validation error [%]", ylim=(0, 105))
+    for name, title in RATIOS.items():
+        steps, values = series(f"validation/{name}")
+        if steps:
+            errors.plot(steps, [100 * value for value in values], label=title, marker="o", markersize=3)
+    errors.set(xlabel="step", ylabel="validation [%]", ylim=(0, 105))
     errors.grid(alpha=0.3)
-    errors.legend()
+    if errors.get_lines():
+        errors.legend()
     figure.savefig(picture, dpi=120)

@@ -1,6 +1,7 @@
-"""Error rates of a model on a set of utterances, by greedy CTC decoding."""
+"""Metrics of a model on a set of utterances."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterable
 
 import jax
@@ -9,70 +10,59 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from speech_flax.data.loader import Batch
-from speech_flax.metrics import character_error_rate, word_error_rate
-from speech_flax.text.tokenizer import Wav2Vec2CTCTokenizer
-from speech_flax.training.step import Predictions
+from speech_flax.training.task import RowResults, ScoredRow, Task
+
+#: Titles of the metrics that are ratios, by their names in results and logs.
+RATIOS = {"wer": "WER", "cer": "CER"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """What an evaluation found.
 
-    ``loss`` is the mean over feasible utterances; ``wer`` and ``cer`` are ratios over all words and characters;
-    ``pairs`` holds (id, reference, hypothesis); ``bad`` the messages of unreadable files, which are not scored.
+    ``loss`` is the mean over feasible utterances; ``metrics`` are those of the task, over all ``rows``; ``bad`` holds
+    the messages of unreadable files, which are not scored.
     """
 
     loss: float
-    wer: float
-    cer: float
-    utterances: int
+    metrics: dict[str, float]
     infeasible: int
-    pairs: list[tuple[str, str, str]]
+    rows: list[ScoredRow]
     bad: list[str]
 
     def numbers(self) -> dict[str, float | int]:
         """The scalar results."""
-        fields = ("loss", "wer", "cer", "utterances", "infeasible")
-        return {name: getattr(self, name) for name in fields} | {"bad_files": len(self.bad)}
+        counts = {"utterances": len(self.rows), "infeasible": self.infeasible, "bad_files": len(self.bad)}
+        return {"loss": self.loss, **self.metrics, **counts}
+
+
+def describe(numbers: dict[str, float]) -> str:
+    """The metrics among ``numbers`` for people: ratios in percent."""
+    return ", ".join(f"{title} {numbers[name]:.1%}" for name, title in RATIOS.items() if name in numbers)
 
 
 def evaluate(
-    params: PyTree,
-    batches: Iterable[Batch],
-    predict: Callable[[PyTree, Batch], Predictions],
-    tokenizer: Wav2Vec2CTCTokenizer,
+    params: PyTree, batches: Iterable[Batch], predict: Callable[[PyTree, Batch], RowResults], task: Task
 ) -> Evaluation:
     """Score ``predict`` on ``batches``. Every process must call it with its own rows of the same batches."""
     losses: list[float] = []
     infeasible = 0
-    pairs: list[tuple[str, str, str]] = []
+    rows: list[ScoredRow] = []
     bad: list[str] = []
     for batch in batches:
-        predictions = predict(params, batch)
-        labels, lengths, row_losses, row_infeasible = (
-            _local_rows(array)
-            for array in (predictions.labels, predictions.lengths, predictions.losses, predictions.infeasible)
-        )
+        results = jax.tree.map(_local_rows, predict(params, batch))
         bad.extend(batch.bad)
         for row in np.flatnonzero(batch.valid):
-            hypothesis = tokenizer.decode(labels[row, : lengths[row]].tolist())
-            pairs.append((batch.ids[row], batch.texts[row], hypothesis))
-            infeasible += int(row_infeasible[row])
-            if not row_infeasible[row]:
-                losses.append(float(row_losses[row]))
-    pairs, losses, bad, infeasible = _from_all_processes((pairs, losses, bad, infeasible))
-    if not pairs:
+            prediction = {name: values[row] for name, values in results.predictions.items()}
+            rows.append(ScoredRow(batch.ids[row], batch.texts[row], task.hypothesis(prediction)))
+            infeasible += int(results.infeasible[row])
+            if not results.infeasible[row]:
+                losses.append(float(results.losses[row]))
+    rows, losses, bad, infeasible = _from_all_processes(rows, losses, bad, infeasible)
+    if not rows:
         raise ValueError(f"no utterance could be evaluated{': ' + bad[0] if bad else ''}")
-    references, hypotheses = [pair[1] for pair in pairs], [pair[2] for pair in pairs]
-    return Evaluation(
-        loss=float(np.mean(losses)) if losses else float("inf"),
-        wer=word_error_rate(references, hypotheses),
-        cer=character_error_rate(references, hypotheses),
-        utterances=len(pairs),
-        infeasible=infeasible,
-        pairs=pairs,
-        bad=bad,
-    )
+    loss = float(np.mean(losses)) if losses else float("inf")
+    return Evaluation(loss, task.score(rows), infeasible, rows, bad)
 
 
 def _local_rows(array: jax.Array) -> np.ndarray:
@@ -83,19 +73,20 @@ def _local_rows(array: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
 
-def _from_all_processes(parts: tuple) -> tuple:
+def _from_all_processes(
+    rows: list[ScoredRow], losses: list[float], bad: list[str], infeasible: int
+) -> tuple[list[ScoredRow], list[float], list[str], int]:
     """Join every process's lists and sum its counts."""
     if jax.process_count() == 1:
-        return parts
-    import json
-
-    encoded = np.frombuffer(json.dumps(parts).encode(), np.uint8)
+        return rows, losses, bad, infeasible
+    own = ([dataclasses.astuple(row) for row in rows], losses, bad, infeasible)
+    encoded = np.frombuffer(json.dumps(own).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.array([encoded.size], np.int32)).reshape(-1)
     padded = np.zeros(int(sizes.max()), np.uint8)
     padded[: encoded.size] = encoded
     gathered = multihost_utils.process_allgather(padded)
     everyone = [json.loads(bytes(row[:size])) for row, size in zip(gathered, sizes, strict=True)]
-    pairs = sorted(tuple(pair) for part in everyone for pair in part[0])
+    rows = sorted((ScoredRow(*row) for part in everyone for row in part[0]), key=lambda row: (row.id, row.reference))
     losses = [loss for part in everyone for loss in part[1]]
     bad = [message for part in everyone for message in part[2]]
-    return pairs, losses, bad, sum(part[3] for part in everyone)
+    return rows, losses, bad, sum(part[3] for part in everyone)

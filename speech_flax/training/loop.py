@@ -1,5 +1,6 @@
 """The training program, read straight down: devices, data, model, optimizer, programs, steps, results."""
 
+import dataclasses
 import logging
 import signal
 import time
@@ -9,15 +10,12 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from speech_flax.data.loader import Batch, BatchLoader
-from speech_flax.models.wav2vec2_bert import Wav2Vec2BertForCTC
-from speech_flax.processing import Wav2Vec2BertProcessor
 from speech_flax.training.checkpoints import Checkpoints
 from speech_flax.training.corpus import Split, open_split
 from speech_flax.training.curves import draw_curves
-from speech_flax.training.evaluation import Evaluation, evaluate
+from speech_flax.training.evaluation import Evaluation, describe, evaluate
 from speech_flax.training.experiment import Experiment, ExperimentError
 from speech_flax.training.optimizer import learning_rate_schedule, make_optimizer
 from speech_flax.training.programs import Programs, parameter_count, use_compilation_cache
@@ -25,7 +23,7 @@ from speech_flax.training.progress import Progress, say
 from speech_flax.training.run_directory import MetricsLog, RunDirectory
 from speech_flax.training.sharding import make_mesh
 from speech_flax.training.step import StepMetrics, TrainState
-from speech_flax.training.task import CTCTask, check_characters, make_processor, make_task
+from speech_flax.training.task import Task, load_task, make_task
 
 logger = logging.getLogger(__name__)
 
@@ -52,15 +50,14 @@ def train(experiment: Experiment) -> dict[str, Any] | None:
 
     mesh = make_mesh(experiment.mesh)
     splits = open_splits(experiment, mesh, run)
-    processor = make_processor(experiment, splits["train"].utterances.texts())
-    warn_of_unknown_characters(splits, processor)
-    task, pretrained = make_task(experiment, processor)
+    task, pretrained = make_task(experiment, splits["train"].utterances.texts())
+    warn_of_unknown_labels(splits, task)
     optimizer = make_optimizer(experiment.optimizer, experiment.steps)
     programs = Programs(task, optimizer, mesh, seed=experiment.seed, accumulation=experiment.accumulation)
 
     run.open(experiment)
     checkpoints = Checkpoints(run.checkpoints, experiment.keep_checkpoints)
-    trainer = Trainer(experiment, run, splits, processor, programs, checkpoints)
+    trainer = Trainer(experiment, run, splits, task, programs, checkpoints)
     say(splits["train"].plan.summary())
     say(f"{parameter_count(programs.abstract_state.params) / 1e6:.2f} M parameters on {mesh.size} device(s)")
     state = trainer.initial_state(pretrained)
@@ -71,7 +68,7 @@ def train(experiment: Experiment) -> dict[str, Any] | None:
     if int(state.step) < experiment.steps:
         say(f"stopped after step {int(state.step)}; go on with: python train.py --resume {run.path}")
         return None
-    return finish(trainer, task, state)
+    return finish(trainer, state)
 
 
 def open_splits(experiment: Experiment, mesh: jax.sharding.Mesh, run: RunDirectory) -> dict[str, Split]:
@@ -87,12 +84,12 @@ def open_splits(experiment: Experiment, mesh: jax.sharding.Mesh, run: RunDirecto
     }
 
 
-def warn_of_unknown_characters(splits: dict[str, Split], processor: Wav2Vec2BertProcessor) -> None:
-    """Evaluation transcripts may hold characters that no model of this vocabulary can write: say so once."""
+def warn_of_unknown_labels(splits: dict[str, Split], task: Task) -> None:
+    """Evaluation data may have labels, or characters in transcripts, that the model cannot predict: say so once."""
     for name, split in splits.items():
         if name != "train":
             try:
-                check_characters(processor.tokenizer, split.utterances.texts())
+                task.check(split.utterances.texts())
             except ExperimentError as error:
                 logger.warning("%s: %s", name, error)
 
@@ -123,14 +120,14 @@ class Trainer:
         experiment: Experiment,
         run: RunDirectory,
         splits: dict[str, Split],
-        processor: Wav2Vec2BertProcessor,
+        task: Task,
         programs: Programs,
         checkpoints: Checkpoints,
     ):
         self.experiment = experiment
         self.run_directory = run
         self.splits = splits
-        self.processor = processor
+        self.task = task
         self.programs = programs
         self.checkpoints = checkpoints
         self.learning_rate = learning_rate_schedule(experiment.optimizer, experiment.steps)
@@ -190,7 +187,9 @@ class Trainer:
     def loader(self, name: str) -> BatchLoader:
         """Reads the batches of the split ``name``; made once, so that decoded audio is kept between evaluations."""
         if name not in self._loaders:
-            self._loaders[name] = self.splits[name].loader(self.processor.tokenizer, self.experiment.data)
+            self._loaders[name] = self.splits[name].loader(
+                self.task.label_encoder, self.experiment.data, self.task.label_dtype
+            )
         return self._loaders[name]
 
     def compile_all(self, loader: BatchLoader) -> None:
@@ -203,9 +202,9 @@ class Trainer:
             say(f"compiled {bucket.batch_size} x {bucket.max_seconds:g} s in {time.monotonic() - began:.1f} s")
 
     def evaluate(self, params: Any, name: str) -> Evaluation:
-        """Error rates on the split ``name``."""
+        """Metrics on the split ``name``."""
         batches = self.loader(name).batches()
-        evaluation = evaluate(params, batches, self.programs.predict, self.processor.tokenizer)
+        evaluation = evaluate(params, batches, self.programs.predict, self.task)
         for message in evaluation.bad:
             logger.warning("%s: skipped %s", name, message)
         return evaluation
@@ -213,9 +212,7 @@ class Trainer:
     def _validate(self, step: int, state: TrainState, progress: "Progress") -> None:
         evaluation = self.evaluate(state.params, "validation")
         progress.write(step, {f"validation/{key}": value for key, value in evaluation.numbers().items()})
-        progress.say(
-            f"step {step}: validation WER {evaluation.wer:.1%}, CER {evaluation.cer:.1%}, loss {evaluation.loss:.3f}"
-        )
+        progress.say(f"step {step}: validation {describe(evaluation.metrics)}, loss {evaluation.loss:.3f}")
 
     def _save(self, state: TrainState) -> None:
         progress = {"train_seconds": self.seconds, "rows_seen": self.rows_seen, "bad_files": self.bad_files}
@@ -240,31 +237,28 @@ class Trainer:
         if metrics is not None and int(metrics.skipped_in_a_row) >= allowed:
             raise TrainingError(
                 f"the loss or its gradient was not finite in {allowed} steps in a row "
-                f"(optimizer.max_skipped_steps); {int(metrics.infeasible)} utterances of the last one have too few "
-                "frames for their labels: set model.config.ctc_zero_infinity, or lower the learning rate"
+                f"(optimizer.max_skipped_steps); {int(metrics.infeasible)} utterances of the last one "
+                f"{self.task.infeasible_advice}"
             )
 
 
-def finish(trainer: Trainer, task: CTCTask, state: TrainState) -> dict[str, Any]:
+def finish(trainer: Trainer, state: TrainState) -> dict[str, Any]:
     """Export the model, score it, draw the curves, write the results, and say what to do next."""
     run, experiment = trainer.run_directory, trainer.experiment
-    export_model(trainer, task, state)
+    export_model(trainer, state)
     results: dict[str, Any] = {"steps": int(state.step), "train_seconds": round(trainer.seconds, 1)}
     results |= {"skipped_steps": int(state.skipped), "bad_files": trainer.bad_files}
     evaluation = None
     for name in ("validation", "test"):
         if name in trainer.splits:
             evaluation = trainer.evaluate(state.params, name)
-            results |= {name: evaluation.numbers(), "wer": evaluation.wer, "cer": evaluation.cer}
+            results |= {name: evaluation.numbers(), **evaluation.metrics}
             if jax.process_index() == 0:
                 log = MetricsLog(run, experiment.steps)
                 log.write(experiment.steps, {f"{name}/{key}": value for key, value in evaluation.numbers().items()})
                 log.close()
     if evaluation is not None:
-        results["examples"] = [
-            {"id": identity, "reference": reference, "hypothesis": hypothesis}
-            for identity, reference, hypothesis in evaluation.pairs[:: max(1, len(evaluation.pairs) // 5)][:5]
-        ]
+        results["examples"] = [dataclasses.asdict(row) for row in trainer.task.examples(evaluation.rows)]
     run.write_results(results)
     if jax.process_index() == 0:
         draw_curves(run.metrics, run.curves)
@@ -272,7 +266,7 @@ def finish(trainer: Trainer, task: CTCTask, state: TrainState) -> dict[str, Any]
     return results
 
 
-def export_model(trainer: Trainer, task: CTCTask, state: TrainState) -> None:
+def export_model(trainer: Trainer, state: TrainState) -> None:
     """Write ``model/`` in Transformers' layout, with its processor."""
     from jax.experimental import multihost_utils
 
@@ -280,8 +274,7 @@ def export_model(trainer: Trainer, task: CTCTask, state: TrainState) -> None:
     if jax.process_count() > 1:
         params = multihost_utils.process_allgather(params, tiled=True)
     if jax.process_index() == 0:
-        Wav2Vec2BertForCTC.save_pretrained(trainer.run_directory.model, task.model, jax.device_get(params))
-        trainer.processor.save_pretrained(trainer.run_directory.model)
+        trainer.task.save(trainer.run_directory.model, jax.device_get(params))
 
 
 def report(trainer: Trainer, results: dict[str, Any]) -> None:
@@ -298,14 +291,14 @@ def report(trainer: Trainer, results: dict[str, Any]) -> None:
             first = trainer.splits[split].utterances[0].audio
             audio = first if isinstance(first, str) else audio
             break
-    say(f"next: speech-flax transcribe {audio} --model {run.model}")
+    say(f"next: speech-flax {trainer.task.command} {audio} --model {run.model}")
 
 
 def _summary(results: dict[str, Any]) -> str:
     parts = [f"{results['steps']} steps in {results['train_seconds']:.0f} s"]
     for name in ("validation", "test"):
         if name in results:
-            parts.append(f"{name} WER {results[name]['wer']:.1%}, CER {results[name]['cer']:.1%}")
+            parts.append(f"{name} {describe(results[name])}")
     return "; ".join(parts)
 
 
@@ -320,12 +313,9 @@ def evaluate_model(experiment: Experiment, directory: str, split: str) -> Evalua
         raise ExperimentError(f"the experiment has no data.{split}")
     use_compilation_cache(experiment.compilation_cache)
     mesh = make_mesh(experiment.mesh)
-    processor = Wav2Vec2BertProcessor.from_pretrained(directory)
-    model, params = Wav2Vec2BertForCTC.from_pretrained(directory, dtype=jnp.dtype(experiment.model.dtype))
-    extractor = processor.feature_extractor
-    task = CTCTask(model, extractor.stride, extractor.num_mel_bins, extractor.padding_value, model.config.pad_token_id)
+    task, params = load_task(experiment, directory)
     programs = Programs(task, make_optimizer(experiment.optimizer, 1), mesh, seed=experiment.seed)
     cache = RunDirectory(experiment).path / "durations.json"
     chosen = open_split(source, experiment.data, mesh, accumulation=1, seed=0, training=False, cache=cache)
-    batches = chosen.loader(processor.tokenizer, experiment.data).batches()
-    return evaluate(programs.initial_state(params).params, batches, programs.predict, processor.tokenizer)
+    batches = chosen.loader(task.label_encoder, experiment.data, task.label_dtype).batches()
+    return evaluate(programs.initial_state(params).params, batches, programs.predict, task)

@@ -13,8 +13,8 @@ from jaxtyping import PyTree
 
 from speech_flax.data.loader import Batch
 from speech_flax.training.sharding import batch_sharding, state_shardings, to_global
-from speech_flax.training.step import Predictions, StepMetrics, TrainState, evaluation_step, train_step
-from speech_flax.training.task import CTCTask, initial_parameters
+from speech_flax.training.step import StepMetrics, TrainState, evaluation_step, train_step
+from speech_flax.training.task import RowResults, Task, initial_parameters
 
 
 def use_compilation_cache(directory: str | None) -> None:
@@ -35,7 +35,7 @@ class Programs:
     """Training state and steps over one mesh, compiled ahead of time for each shape of batch."""
 
     def __init__(
-        self, task: CTCTask, optimizer: optax.GradientTransformation, mesh: Mesh, *, seed: int, accumulation: int = 1
+        self, task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, *, seed: int, accumulation: int = 1
     ):
         self.mesh = mesh
         self._create = partial(self._random_state, task, optimizer, seed)
@@ -53,7 +53,7 @@ class Programs:
         self._compiled: dict[tuple, jax.stages.Compiled] = {}
 
     @staticmethod
-    def _random_state(task: CTCTask, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    def _random_state(task: Task, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
         return TrainState.create(initial_parameters(task, jax.random.key(seed)), optimizer)
 
     def initial_state(self, pretrained: PyTree | None = None) -> TrainState:
@@ -87,8 +87,8 @@ class Programs:
         """One step; returns before the devices have finished it."""
         return self.compile(batch, training=True)(state, to_global(device_arrays(batch), self.mesh))
 
-    def predict(self, params: PyTree, batch: Batch) -> Predictions:
-        """Greedy predictions and losses of one batch."""
+    def predict(self, params: PyTree, batch: Batch) -> RowResults:
+        """Predictions and losses of one batch."""
         return self.compile(batch, training=False)(params, to_global(device_arrays(batch), self.mesh))
 
 

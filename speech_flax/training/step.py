@@ -1,6 +1,6 @@
 """One training step and one evaluation step: pure functions of state and batch, jitted over a mesh.
 
-On the device: log-mel, SpecAugment, model, CTC, gradients, clipping, AdamW. What is random in a step depends on the
+On the device: front end, SpecAugment, model, loss, gradients, clipping, AdamW. What is random in a step depends on the
 experiment's seed and the step's number alone.
 """
 
@@ -10,9 +10,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
-from speech_flax.training.task import CTCTask
+from speech_flax.training.task import RowResults, Task
 
 RANDOM_STREAMS = ("dropout", "spec_augment", "layer_drop")
 
@@ -63,7 +63,7 @@ def train_step(
     state: TrainState,
     batch: dict[str, Array],
     *,
-    task: CTCTask,
+    task: Task,
     optimizer: optax.GradientTransformation,
     seed: int,
     accumulation: int = 1,
@@ -79,8 +79,8 @@ def train_step(
     def loss_sum(params: PyTree, rows: dict[str, Array], index: Int[Array, ""]):
         streams = jax.random.split(jax.random.fold_in(key, index), len(RANDOM_STREAMS))
         rngs = dict(zip(RANDOM_STREAMS, streams, strict=True))
-        losses, infeasible, _, _ = task.losses(params, rows, deterministic=False, rngs=rngs)
-        return losses.sum() / count, infeasible.sum()
+        results = task.results(params, rows, deterministic=False, rngs=rngs)
+        return results.losses.sum() / count, results.infeasible.sum()
 
     def accumulate(carry: PyTree, micro: tuple[dict[str, Array], Int[Array, ""]]):
         (loss, infeasible), gradients = jax.value_and_grad(loss_sum, has_aux=True)(state.params, *micro)
@@ -110,17 +110,6 @@ def train_step(
     return state, metrics
 
 
-@flax.struct.dataclass
-class Predictions:
-    """Greedy CTC labels per frame, the number of frames that count, and the loss of every row."""
-
-    labels: Int[Array, "batch frames"]
-    lengths: Int[Array, "batch"]
-    losses: Float[Array, "batch"]
-    infeasible: Bool[Array, "batch"]
-
-
-def evaluation_step(params: PyTree, batch: dict[str, Array], *, task: CTCTask) -> Predictions:
-    """Greedy predictions and losses without dropout or masking."""
-    losses, infeasible, logits, lengths = task.losses(params, batch, deterministic=True)
-    return Predictions(logits.argmax(-1).astype(jnp.int32), lengths, losses, infeasible)
+def evaluation_step(params: PyTree, batch: dict[str, Array], *, task: Task) -> RowResults:
+    """Losses and predictions without dropout or masking."""
+    return task.results(params, batch, deterministic=True)

@@ -1,0 +1,182 @@
+"""Transcription by connectionist temporal classification."""
+
+import dataclasses
+import difflib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, PyTree
+
+from speech_flax.audio.feature_extraction import SeamlessM4TFeatureExtractor
+from speech_flax.configuration import Wav2Vec2BertConfig
+from speech_flax.layers.masks import adapter_output_lengths
+from speech_flax.losses import ctc_loss
+from speech_flax.metrics import character_error_rate, word_error_rate
+from speech_flax.models.wav2vec2_bert import Wav2Vec2BertForCTC
+from speech_flax.processing import Wav2Vec2BertProcessor
+from speech_flax.text.tokenizer import Wav2Vec2CTCTokenizer
+from speech_flax.text.vocabulary import build_vocabulary
+from speech_flax.training.experiment import Experiment, ExperimentError
+from speech_flax.training.front_end import LogMelFrontEnd
+from speech_flax.training.task import RowResults, ScoredRow
+
+
+@dataclasses.dataclass(frozen=True)
+class CTCTask:
+    """Waveforms to transcripts, decoded greedily."""
+
+    command: ClassVar[str] = "transcribe"
+    infeasible_advice: ClassVar[str] = (
+        "have too few frames for their labels: set model.config.ctc_zero_infinity, or lower the learning rate"
+    )
+    label_dtype: ClassVar[DTypeLike] = np.int32
+
+    model: nn.Module
+    processor: Wav2Vec2BertProcessor
+
+    @property
+    def front_end(self) -> LogMelFrontEnd:
+        return LogMelFrontEnd.of(self.processor.feature_extractor)
+
+    @property
+    def label_encoder(self) -> Wav2Vec2CTCTokenizer:
+        return self.processor.tokenizer
+
+    def results(
+        self, params: PyTree, batch: dict[str, Array], *, deterministic: bool, rngs: dict[str, Array] | None = None
+    ) -> RowResults:
+        """Loss per utterance, normalised by its labels if the configuration says "mean"; greedy label of every frame,
+        and how many frames count."""
+        config = self.model.config
+        features, mask = self.front_end(batch["waveforms"], batch["sample_lengths"])
+        logits = self.model.apply({"params": params}, features, mask, deterministic=deterministic, rngs=rngs).logits
+        lengths = adapter_output_lengths(mask.sum(-1).astype(jnp.int32), config)
+        losses, feasible = ctc_loss(
+            logits, lengths, batch["labels"], batch["label_lengths"], blank_id=config.pad_token_id
+        )
+        if config.ctc_loss_reduction == "mean":
+            losses = losses / jnp.maximum(batch["label_lengths"], 1)
+        counted = batch["valid"] & feasible if config.ctc_zero_infinity else batch["valid"]
+        predictions = {"labels": logits.argmax(-1).astype(jnp.int32), "lengths": lengths}
+        return RowResults(jnp.where(counted, losses, 0.0), batch["valid"] & ~feasible, predictions)
+
+    def check(self, labels: Sequence[str]) -> None:
+        """Refuse transcripts that the tokenizer would spell with its unknown token."""
+        check_characters(self.processor.tokenizer, labels)
+
+    def hypothesis(self, prediction: dict[str, np.ndarray]) -> str:
+        return self.processor.tokenizer.decode(prediction["labels"][: prediction["lengths"]].tolist())
+
+    def score(self, rows: Sequence[ScoredRow]) -> dict[str, float]:
+        references, hypotheses = [row.reference for row in rows], [row.hypothesis for row in rows]
+        return {
+            "wer": word_error_rate(references, hypotheses),
+            "cer": character_error_rate(references, hypotheses),
+        }
+
+    def examples(self, rows: Sequence[ScoredRow]) -> list[ScoredRow]:
+        return list(rows[:: max(1, len(rows) // 5)][:5])
+
+    def save(self, directory: Path, params: PyTree) -> None:
+        Wav2Vec2BertForCTC.save_pretrained(directory, self.model, params)
+        self.processor.save_pretrained(directory)
+
+
+def make_processor(experiment: Experiment, texts: Iterable[str]) -> Wav2Vec2BertProcessor:
+    """Feature extractor and tokenizer: given, those of the pretrained model, or built from training ``texts``.
+
+    Raises:
+        ExperimentError: when transcripts hold characters that the vocabulary lacks.
+    """
+    texts = list(texts)
+    pretrained = experiment.model.pretrained
+    features = experiment.features
+    if pretrained is not None:
+        extractor = SeamlessM4TFeatureExtractor.from_pretrained(pretrained)
+    else:
+        extractor = SeamlessM4TFeatureExtractor(
+            feature_size=features.num_mel_bins, num_mel_bins=features.num_mel_bins, stride=features.stride
+        )
+    if experiment.data.vocabulary is not None:
+        tokenizer = Wav2Vec2CTCTokenizer(experiment.data.vocabulary)
+    elif pretrained is not None and (Path(pretrained) / "vocab.json").exists():
+        tokenizer = Wav2Vec2CTCTokenizer.from_pretrained(pretrained)
+    else:
+        tokenizer = Wav2Vec2CTCTokenizer(build_vocabulary(texts), pad_token="<pad>")
+    check_characters(tokenizer, texts)
+    return Wav2Vec2BertProcessor(extractor, tokenizer)
+
+
+def check_characters(tokenizer: Wav2Vec2CTCTokenizer, texts: Iterable[str]) -> None:
+    """Refuse transcripts that the tokenizer would spell with its unknown token.
+
+    Raises:
+        ExperimentError: with the characters, how often they occur, and one transcript that holds them.
+    """
+    texts = list(texts)
+    known = set(tokenizer.get_vocab()) | {" "}
+    if tokenizer.do_lower_case:
+        texts = [text.upper() for text in texts]  # as Transformers names it, this option spells in capitals
+    unknown = Counter(character for text in texts for character in text if character not in known)
+    if unknown:
+        example = next(text for text in texts if set(text) - known)
+        listed = ", ".join(f"{character!r} ({count})" for character, count in unknown.most_common(8))
+        raise ExperimentError(
+            f"transcripts hold characters outside the vocabulary: {listed}, as in {example!r}; normalise them with "
+            "data.train.case and data.train.punctuation, or give a data.vocabulary that has them"
+        )
+
+
+def model_config(experiment: Experiment, processor: Wav2Vec2BertProcessor) -> dict[str, Any]:
+    """Fields of the model configuration: the experiment's, and those that the processor decides.
+
+    Raises:
+        ExperimentError: for a field that the configuration does not have, with the nearest that it has.
+    """
+    known = Wav2Vec2BertConfig.field_names()
+    for name in experiment.model.config:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise ExperimentError(f"model.config has no field {name!r}{hint}")
+    tokenizer, extractor = processor.tokenizer, processor.feature_extractor
+    decided = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "feature_projection_input_dim": extractor.num_mel_bins * extractor.stride,
+    }
+    return {"ctc_zero_infinity": True, **decided, **experiment.model.config}
+
+
+def make_ctc_task(experiment: Experiment, labels: Sequence[str]) -> tuple[CTCTask, PyTree | None]:
+    """A CTC model for the characters of the transcripts ``labels``, and its pretrained parameters if it has any."""
+    processor = make_processor(experiment, labels)
+    settings = experiment.model
+    fields = model_config(experiment, processor)
+    try:
+        if settings.pretrained is None:
+            params, config = None, Wav2Vec2BertConfig(**fields)
+        else:
+            module, params = Wav2Vec2BertForCTC.from_pretrained(settings.pretrained, **fields)
+            config = module.config
+    except (TypeError, ValueError) as error:
+        raise ExperimentError(f"model: {error}") from error
+    model = Wav2Vec2BertForCTC(
+        config, dtype=jnp.dtype(settings.dtype), remat=settings.remat, scan_unroll=settings.scan_unroll
+    )
+    return CTCTask(model, processor), params
+
+
+def load_ctc_task(experiment: Experiment, directory: str | Path) -> tuple[CTCTask, PyTree]:
+    """The CTC model in ``directory`` with its processor, and its parameters."""
+    processor = Wav2Vec2BertProcessor.from_pretrained(directory)
+    model, params = Wav2Vec2BertForCTC.from_pretrained(directory, dtype=jnp.dtype(experiment.model.dtype))
+    return CTCTask(model, processor), params
