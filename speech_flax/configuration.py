@@ -105,6 +105,11 @@ class SpeechConfig:
         return len(self.id2label)
 
     @property
+    def has_mask_embedding(self) -> bool:
+        """Whether the model has the vector that SpecAugment puts in place of masked frames."""
+        return self.mask_time_prob > 0 or self.mask_feature_prob > 0
+
+    @property
     def label2id(self) -> dict[str, int]:
         return {label: index for index, label in enumerate(self.id2label)}
 

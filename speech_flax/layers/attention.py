@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from speech_flax.configuration import Wav2Vec2BertConfig
 from speech_flax.layers.feed_forward import linear
@@ -72,6 +72,45 @@ def attend_in_blocks(
     return jnp.moveaxis(attended, 0, 2).reshape(batch, heads, blocks * _BLOCK, head_size)[:, :, :frames]
 
 
+def attend_to_all(
+    query: Float[Array, "batch heads frames head_size"],
+    key: Float[Array, "batch heads frames head_size"],
+    value: Float[Array, "batch heads frames head_size"],
+    mask: Bool[Array, "batch frames"],
+    position_scores: PositionScores | None = None,
+    *,
+    rate: float = 0.0,
+    random: PRNGKeyArray | None = None,
+    output_probabilities: bool = False,
+) -> tuple[Float[Array, "batch frames features"], Float[Array, "batch heads frames frames"] | None]:
+    """Attention of every frame to every frame that counts, whole or in blocks of queries.
+
+    Args:
+      mask: ``True`` for frames that count.
+      position_scores: See :func:`attend`.
+      rate: Dropout of the probabilities, drawn from ``random``.
+      output_probabilities: Return the probabilities, after dropout.
+
+    Returns:
+      The attended values, heads side by side, and the probabilities.
+    """
+
+    def dropout(probabilities: Array, block: int | Array = 0) -> Array:
+        if not rate:
+            return probabilities
+        kept = jax.random.bernoulli(jax.random.fold_in(random, block), 1 - rate, probabilities.shape)
+        return jnp.where(kept, probabilities / (1 - rate), 0)
+
+    batch, heads, frames, head_size = query.shape
+    probabilities = None
+    if output_probabilities or frames <= _LONGEST_WHOLE:
+        attended, probabilities = attend(query, key, value, mask, 0, position_scores, dropout)
+    else:
+        attended = attend_in_blocks(query, key, value, mask, position_scores, dropout)
+    attended = attended.swapaxes(1, 2).reshape(batch, frames, heads * head_size)
+    return attended, probabilities if output_probabilities else None
+
+
 class SelfAttention(nn.Module):
     """Self-attention of ``[batch, frames, features]`` with one of four kinds of positions.
 
@@ -109,20 +148,10 @@ class SelfAttention(nn.Module):
 
         rate = 0.0 if deterministic else config.attention_dropout
         random = self.make_rng("dropout") if rate else None
-
-        def dropout(probabilities: Array, block: int | Array = 0) -> Array:
-            if random is None:
-                return probabilities
-            kept = jax.random.bernoulli(jax.random.fold_in(random, block), 1 - rate, probabilities.shape)
-            return jnp.where(kept, probabilities / (1 - rate), 0)
-
-        probabilities = None
-        if output_attentions or frames <= _LONGEST_WHOLE:
-            attended, probabilities = attend(query, key, value, mask, 0, position_scores, dropout)
-        else:
-            attended = attend_in_blocks(query, key, value, mask, position_scores, dropout)
-        attended = attended.swapaxes(1, 2).reshape(batch, frames, features)
-        return dense(name="linear_out")(attended), probabilities if output_attentions else None
+        attended, probabilities = attend_to_all(
+            query, key, value, mask, position_scores, rate=rate, random=random, output_probabilities=output_attentions
+        )
+        return dense(name="linear_out")(attended), probabilities
 
     def _positions(self, query: Array, features: int) -> tuple[Array, PositionScores | None]:
         """The query for the content scores, and the function that computes the position scores."""

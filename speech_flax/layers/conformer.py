@@ -3,7 +3,6 @@
 from functools import partial
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
@@ -11,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 from speech_flax.configuration import Wav2Vec2BertConfig
 from speech_flax.layers.attention import SelfAttention
 from speech_flax.layers.convolution import CausalDepthwiseConvolution, pointwise_convolution
+from speech_flax.layers.encoder_layer import EncoderLayer
 from speech_flax.layers.feed_forward import FeedForward, activation, gated_linear_unit
 from speech_flax.layers.normalization import LayerNorm
 from speech_flax.layers.sharding import shard_batch
@@ -40,36 +40,10 @@ class ConvolutionModule(nn.Module):
         return nn.Dropout(config.conformer_conv_dropout)(hidden, deterministic)
 
 
-class ConformerLayer(nn.Module):
-    """Half a feed-forward, self-attention, convolution, half a feed-forward, norm; each but the last with a residual.
-
-    Called by :class:`~speech_flax.models.wav2vec2_bert.Encoder` in a scan: maps the carried hidden states
-    ``[batch, frames, hidden]`` to themselves and ``(hidden states, attention probabilities)``, each ``None`` unless
-    asked for. While training, the whole layer is skipped with probability ``config.layerdrop`` (Fan et al. 2020): for
-    the whole batch, and without computing it.
-    """
+class ConformerLayer(EncoderLayer):
+    """Half a feed-forward, attention, convolution, half a feed-forward, norm: each but the last with a residual."""
 
     config: Wav2Vec2BertConfig
-    deterministic: bool
-    output_hidden_states: bool = False
-    output_attentions: bool = False
-    dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(self, hidden_states: Float[Array, "batch frames hidden"], mask: Bool[Array, "batch frames"]):
-        if self.deterministic or self.config.layerdrop == 0 or self.is_initializing():
-            hidden_states, attentions = self._layer(hidden_states, mask)
-        else:
-            dropped = jax.random.uniform(self.make_rng("layer_drop")) < self.config.layerdrop
-            hidden_states, attentions = nn.cond(
-                dropped, type(self)._skip, type(self)._layer, self, hidden_states, mask
-            )  # fmt: skip
-        return hidden_states, (hidden_states if self.output_hidden_states else None, attentions)
-
-    def _skip(self, hidden_states: Array, mask: Array) -> tuple[Array, Array | None]:
-        batch, frames, _ = hidden_states.shape
-        shape = (batch, self.config.num_attention_heads, frames, frames)
-        return hidden_states, jnp.zeros(shape, self.dtype) if self.output_attentions else None
 
     def _layer(self, hidden_states: Array, mask: Array) -> tuple[Array, Array | None]:
         config, deterministic = self.config, self.deterministic

@@ -1,8 +1,61 @@
-"""SpecAugment's masks (Park et al. 2019), drawn inside the compiled step."""
+"""SpecAugment (Park et al. 2019), drawn and applied inside the compiled step."""
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
+
+from speech_flax.configuration import SpeechConfig
+
+
+def spec_augment(
+    hidden_states: Float[Array, "batch frames hidden"],
+    mask_embedding: Float[Array, "hidden"] | None,
+    lengths: Int[Array, "batch"],
+    mask_time_indices: Shaped[Array | np.ndarray, "batch frames"] | None,
+    config: SpeechConfig,
+    key: PRNGKeyArray | None,
+) -> Float[Array, "batch frames hidden"]:
+    """Replace spans of frames by the mask embedding, and zero spans of features in all frames.
+
+    Args:
+      mask_embedding: May be missing when no frames are masked.
+      lengths: Frames of each row among which spans are drawn.
+      mask_time_indices: Frames to replace instead of drawn ones, in evaluation too.
+      key: Where spans are drawn from; ``None`` in evaluation.
+
+    Raises:
+      ValueError: frames are to be masked and there is no mask embedding.
+    """
+    batch, frames, size = hidden_states.shape
+    frame_key, feature_key = (None, None) if key is None else jax.random.split(key)
+    masked = None
+    if mask_time_indices is not None:
+        masked = jnp.asarray(mask_time_indices).astype(bool)
+    elif config.mask_time_prob > 0 and frame_key is not None:
+        masked = sample_mask_spans(
+            frame_key,
+            lengths,
+            frames,
+            mask_prob=config.mask_time_prob,
+            mask_length=config.mask_time_length,
+            min_masks=config.mask_time_min_masks,
+        )
+    if masked is not None:
+        if mask_embedding is None:
+            raise ValueError("mask_time_indices needs a mask embedding: set config.mask_time_prob above 0")
+        hidden_states = jnp.where(masked[:, :, None], mask_embedding.astype(hidden_states.dtype), hidden_states)
+    if config.mask_feature_prob > 0 and feature_key is not None:
+        silenced = sample_mask_spans(
+            feature_key,
+            jnp.full((batch,), size, jnp.int32),
+            size,
+            mask_prob=config.mask_feature_prob,
+            mask_length=config.mask_feature_length,
+            min_masks=config.mask_feature_min_masks,
+        )
+        hidden_states = jnp.where(silenced[:, None], 0, hidden_states)
+    return hidden_states
 
 
 def num_spans(

@@ -12,20 +12,15 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from speech_flax.configuration import Wav2Vec2BertConfig
 from speech_flax.layers.adapter import Adapter
 from speech_flax.layers.conformer import ConformerLayer
+from speech_flax.layers.encoder_layer import scan_layers
 from speech_flax.layers.feed_forward import FeedForward, linear
 from speech_flax.layers.masks import adapter_output_lengths, as_bool_mask
 from speech_flax.layers.normalization import LayerNorm
 from speech_flax.layers.sharding import shard_batch
-from speech_flax.layers.spec_augment import sample_mask_spans
-from speech_flax.losses import compact_labels, ctc_loss, reduce_ctc
+from speech_flax.layers.spec_augment import spec_augment
+from speech_flax.models.ctc import loss_of_labels
 from speech_flax.models.pretrained_model import PretrainedModel
 from speech_flax.outputs import CausalLMOutput, Wav2Vec2BaseModelOutput
-
-#: What the backward pass finds again without recomputing, by name.
-REMAT_POLICIES = {
-    "full": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 Features = Float[Array | np.ndarray, "batch frames features"]
 Mask = Shaped[Array | np.ndarray, "batch frames"]
@@ -72,22 +67,18 @@ class Encoder(nn.Module):
         config = self.config
         hidden_states = jnp.where(mask[:, :, None], hidden_states, 0)
         hidden_states = nn.Dropout(config.hidden_dropout)(hidden_states, deterministic)
-        layer = ConformerLayer
-        if self.remat != "none":
-            layer = nn.remat(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        layers = nn.scan(
-            layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True, "layer_drop": True},
-            in_axes=nn.broadcast,
-            length=config.num_hidden_layers,
-            unroll=self.scan_unroll,
-        )(config, deterministic, output_hidden_states, output_attentions, self.dtype, name="layers")
-        last, (states, attentions) = layers(hidden_states, mask)
-        count = range(config.num_hidden_layers)
-        all_states = (hidden_states, *(states[index] for index in count)) if output_hidden_states else None
-        all_attentions = tuple(attentions[index] for index in count) if output_attentions else None
-        return last, all_states, all_attentions
+        return scan_layers(
+            ConformerLayer,
+            config,
+            hidden_states,
+            mask,
+            deterministic=deterministic,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            dtype=self.dtype,
+            remat=self.remat,
+            scan_unroll=self.scan_unroll,
+        )
 
 
 class Wav2Vec2BertModel(PretrainedModel, nn.Module):
@@ -109,7 +100,7 @@ class Wav2Vec2BertModel(PretrainedModel, nn.Module):
     def setup(self):
         config = self.config
         self.feature_projection = FeatureProjection(config, self.dtype)
-        if config.mask_time_prob > 0 or config.mask_feature_prob > 0:
+        if config.has_mask_embedding:
             self.masked_spec_embed = self.param(
                 "masked_spec_embed", nn.initializers.uniform(1.0), (config.hidden_size,)
             )
@@ -156,47 +147,17 @@ class Wav2Vec2BertModel(PretrainedModel, nn.Module):
         lengths = mask.sum(-1).astype(jnp.int32)
 
         hidden, normed = self.feature_projection(shard_batch(jnp.asarray(input_features)), deterministic)
-        hidden = self._spec_augment(hidden, lengths, mask_time_indices, deterministic)
+        if config.apply_spec_augment:
+            drawn = config.has_mask_embedding and not deterministic
+            key = self.make_rng("spec_augment") if drawn else None
+            embedding = self.masked_spec_embed if config.has_mask_embedding else None
+            hidden = spec_augment(hidden, embedding, lengths, mask_time_indices, config, key)
         hidden, states, attentions = self.encoder(hidden, mask, deterministic, attentions_wanted, states_wanted)
         if config.use_intermediate_ffn_before_adapter:
             hidden = hidden + 0.5 * self.intermediate_ffn(hidden, deterministic)
         if config.add_adapter:
             hidden = self.adapter(hidden, lengths, deterministic)
         return Wav2Vec2BaseModelOutput(hidden, normed, states, attentions)
-
-    def _spec_augment(
-        self, hidden: Array, lengths: Int[Array, "batch"], mask_time_indices: Mask | None, deterministic: bool
-    ) -> Array:
-        """Replace spans of frames by the mask embedding, and zero spans of features (Park et al. 2019)."""
-        config = self.config
-        if not config.apply_spec_augment:
-            return hidden
-        batch, frames, size = hidden.shape
-        masked = None
-        if mask_time_indices is not None:
-            masked = jnp.asarray(mask_time_indices).astype(bool)
-        elif config.mask_time_prob > 0 and not deterministic:
-            masked = sample_mask_spans(
-                self.make_rng("spec_augment"),
-                lengths,
-                frames,
-                mask_prob=config.mask_time_prob,
-                mask_length=config.mask_time_length,
-                min_masks=config.mask_time_min_masks,
-            )
-        if masked is not None:
-            hidden = jnp.where(masked[:, :, None], self.masked_spec_embed.astype(hidden.dtype), hidden)
-        if config.mask_feature_prob > 0 and not deterministic:
-            silenced = sample_mask_spans(
-                self.make_rng("spec_augment"),
-                jnp.full((batch,), size, jnp.int32),
-                size,
-                mask_prob=config.mask_feature_prob,
-                mask_length=config.mask_feature_length,
-                min_masks=config.mask_feature_min_masks,
-            )
-            hidden = jnp.where(silenced[:, None], 0, hidden)
-        return hidden
 
 
 class Wav2Vec2BertForCTC(PretrainedModel, nn.Module):
@@ -237,7 +198,8 @@ class Wav2Vec2BertForCTC(PretrainedModel, nn.Module):
         """Score every frame, and compute the CTC loss if ``labels`` are given.
 
         Args:
-          labels: Label ids; negative ones (-100 by custom) are left out, wherever they stand.
+          labels: Label ids; negative ones (-100 by custom) are left out, wherever they stand. The blank is left out too
+            unless ``config.compatibility`` is ``"transformers-4.37"``.
 
         The other arguments are those of :class:`Wav2Vec2BertModel`. The loss is reduced as ``ctc_loss_reduction`` and
         ``ctc_zero_infinity`` of the configuration say; ``infeasible`` counts the utterances with too few frames for
@@ -258,19 +220,6 @@ class Wav2Vec2BertForCTC(PretrainedModel, nn.Module):
         logits = self.lm_head(self.dropout(outputs.last_hidden_state, deterministic))
         loss = infeasible = None
         if labels is not None:
-            if not isinstance(labels, jax.core.Tracer) and np.max(labels, initial=-1) >= config.vocab_size:
-                raise ValueError(f"labels must be below vocab_size {config.vocab_size}; one is {np.max(labels)}")
             frames = as_bool_mask(attention_mask, *input_features.shape[:2]).sum(-1).astype(jnp.int32)
-            compact, label_lengths = compact_labels(jnp.asarray(labels))
-            losses, feasible = ctc_loss(
-                logits, adapter_output_lengths(frames, config), compact, label_lengths, blank_id=config.pad_token_id
-            )
-            loss = reduce_ctc(
-                losses,
-                feasible,
-                label_lengths,
-                reduction=config.ctc_loss_reduction,
-                zero_infinity=config.ctc_zero_infinity,
-            )
-            infeasible = (~feasible).sum()
+            loss, infeasible = loss_of_labels(logits, adapter_output_lengths(frames, config), labels, config)
         return CausalLMOutput(loss, logits, outputs.hidden_states, outputs.attentions, infeasible)
