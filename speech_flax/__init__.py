@@ -8,6 +8,7 @@ from typing import Any
 
 _HOMES = {
     "HubertConfig": "configuration",
+    "AutoModel": "pretrained",
     "Wav2Vec2BertConfig": "configuration",
     "Wav2Vec2BertModel": "models.wav2vec2_bert",
     "Wav2Vec2BertForCTC": "models.wav2vec2_bert",
