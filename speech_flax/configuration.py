@@ -10,6 +10,9 @@ from typing import Any, ClassVar
 
 CONFIG_FILE = "config.json"
 
+#: What a classifier learns; see ``SpeechConfig.problem``.
+PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
+
 #: Whose behaviour the models reproduce where implementations differ; see ``SpeechConfig.compatibility``.
 COMPATIBILITIES = ("transformers-4.37", "transformers-5", "fairseq", "corrected")
 
@@ -78,6 +81,7 @@ class SpeechConfig:
     output_hidden_states: bool = False
     output_attentions: bool = False
     id2label: tuple[str, ...] = ("LABEL_0", "LABEL_1")
+    problem_type: str | None = None
     architectures: tuple[str, ...] | None = None
     additional_fields: tuple[tuple[str, str], ...] = ()
 
@@ -87,6 +91,9 @@ class SpeechConfig:
         if self.compatibility not in COMPATIBILITIES:
             known = ", ".join(map(repr, COMPATIBILITIES))
             raise ValueError(f"compatibility must be one of {known}, not {self.compatibility!r}")
+        if self.problem_type not in (None, *PROBLEMS):
+            known = ", ".join(map(repr, PROBLEMS))
+            raise ValueError(f"problem_type must be one of {known}, not {self.problem_type!r}")
 
     @classmethod
     def named(cls, name: str, **changes: Any) -> "SpeechConfig":
@@ -108,6 +115,13 @@ class SpeechConfig:
     def has_mask_embedding(self) -> bool:
         """Whether the model has the vector that SpecAugment puts in place of masked frames."""
         return self.mask_time_prob > 0 or self.mask_feature_prob > 0
+
+    @property
+    def problem(self) -> str:
+        """What a classifier learns: ``problem_type``, by default a value if there is one label, else one of several."""
+        if self.problem_type is not None:
+            return self.problem_type
+        return PROBLEMS[0] if self.num_labels == 1 else PROBLEMS[1]
 
     @property
     def label2id(self) -> dict[str, int]:

@@ -45,3 +45,35 @@ class CausalLMOutput(ModelOutput):
     hidden_states: HiddenStates | None = None
     attentions: Attentions | None = None
     infeasible: jax.Array | None = None
+
+
+@flax.struct.dataclass
+class SequenceClassifierOutput(ModelOutput):
+    """Output of a model that classifies utterances: ``logits`` before the softmax; ``loss`` when labels were given."""
+
+    loss: jax.Array | None = None
+    logits: Float[Array, "batch labels"] | None = None
+    hidden_states: HiddenStates | None = None
+    attentions: Attentions | None = None
+
+
+@flax.struct.dataclass
+class TokenClassifierOutput(ModelOutput):
+    """Output of a model that classifies frames: ``logits`` before the softmax; ``loss`` when labels were given."""
+
+    loss: jax.Array | None = None
+    logits: Float[Array, "batch frames labels"] | None = None
+    hidden_states: HiddenStates | None = None
+    attentions: Attentions | None = None
+
+
+@flax.struct.dataclass
+class XVectorOutput(ModelOutput):
+    """Output of a model that embeds speakers: ``embeddings``, by whose cosine speakers are compared; ``logits`` made of
+    them, which training compares with its speakers; ``loss`` when labels were given."""
+
+    loss: jax.Array | None = None
+    logits: Float[Array, "batch dimensions"] | None = None
+    embeddings: Float[Array, "batch dimensions"] | None = None
+    hidden_states: HiddenStates | None = None
+    attentions: Attentions | None = None

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speech_flax import losses as losses_module
 from speech_flax.losses import compact_labels, ctc_loss, reduce_ctc
+from speech_flax.losses import ctc as losses_module
 
 FRAMES, LABELS, VOCABULARY = 12, 6, 5
 

@@ -18,8 +18,9 @@ from speech_flax.layers.normalization import LayerNorm
 class AdapterLayer(nn.Module):
     """Sub-samples ``[batch, frames, features]`` by ``config.adapter_stride``.
 
-    As in the reference, padded frames are not zeroed before the convolutions: with an odd length the last output frame
-    may see one frame of padding.
+    As in Transformers, padded frames are not zeroed before the convolutions, so that the last output frame may see one
+    of them, and the convolutions pad by half their stride where the lengths assume half the kernel. With
+    ``config.compatibility`` "corrected" padding is zeroed, and both take half the kernel.
     """
 
     config: Wav2Vec2BertConfig
@@ -30,16 +31,10 @@ class AdapterLayer(nn.Module):
         self, hidden_states: Float[Array, "batch frames features"], lengths: Int[Array, "batch"], deterministic: bool
     ) -> Float[Array, "batch shorter features"]:
         config = self.config
-        size = hidden_states.shape[-1]
         norm = partial(LayerNorm, config.layer_norm_eps, self.dtype)
-        shorten = partial(
-            strided_convolution, 2 * size, config.adapter_kernel_size, config.adapter_stride, dtype=self.dtype
-        )
-        residual = norm(name="residual_layer_norm")(hidden_states)
-        residual = gated_linear_unit(shorten(name="residual_conv")(residual))
-        hidden = norm(name="self_attn_layer_norm")(hidden_states)
-        hidden = gated_linear_unit(shorten(name="self_attn_conv")(hidden))
-        mask: Bool[Array, "batch shorter"] = length_mask(lengths, hidden.shape[1])
+        residual = self._shorten("residual_conv", norm(name="residual_layer_norm")(hidden_states), lengths)
+        hidden = self._shorten("self_attn_conv", norm(name="self_attn_layer_norm")(hidden_states), lengths)
+        mask: Bool[Array, "batch shorter"] = length_mask(sub_sampled_lengths(lengths, config), hidden.shape[1])
         hidden, _ = SelfAttention(config, None, self.dtype, name="self_attn")(hidden, mask, deterministic)
         hidden = residual + nn.Dropout(config.conformer_conv_dropout)(hidden, deterministic)
         feed_forward = FeedForward(
@@ -52,6 +47,16 @@ class AdapterLayer(nn.Module):
             name="ffn",
         )
         return hidden + feed_forward(norm(name="ffn_layer_norm")(hidden), deterministic)
+
+    def _shorten(self, name: str, hidden: Array, lengths: Array) -> Array:
+        """A strided convolution and its gate."""
+        kernel, stride = self.config.adapter_kernel_size, self.config.adapter_stride
+        padding = stride // 2
+        if self.config.compatibility == "corrected":
+            hidden = jnp.where(length_mask(lengths, hidden.shape[1])[:, :, None], hidden, 0)
+            padding = kernel // 2
+        convolution = strided_convolution(2 * hidden.shape[-1], kernel, stride, padding, name=name, dtype=self.dtype)
+        return gated_linear_unit(convolution(hidden))
 
 
 class Adapter(nn.Module):
@@ -76,7 +81,7 @@ class Adapter(nn.Module):
             norm = LayerNorm(config.layer_norm_eps, self.dtype, name="proj_layer_norm")
             hidden_states = norm(project(hidden_states))
         for index in range(config.num_adapter_layers):
-            lengths = sub_sampled_lengths(lengths, config)
             layer = AdapterLayer(config, self.dtype, name=f"layers_{index}")
             hidden_states = layer(hidden_states, lengths, deterministic)
+            lengths = sub_sampled_lengths(lengths, config)
         return hidden_states

@@ -77,8 +77,10 @@ def pointwise_convolution(features: int, *, name: str, dtype: DTypeLike) -> nn.D
     return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=initializer, name=name)
 
 
-def strided_convolution(features: int, width: int, stride: int, *, name: str, dtype: DTypeLike) -> nn.Conv:
-    """A convolution over frames, padded by half its stride on both sides; kernel ``[width, inputs, features]``."""
+def strided_convolution(
+    features: int, width: int, stride: int, padding: int, *, name: str, dtype: DTypeLike
+) -> nn.Conv:
+    """A convolution over frames with ``padding`` zeros on both sides; kernel ``[width, inputs, features]``."""
     initializer = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
     def bias(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
@@ -89,7 +91,7 @@ def strided_convolution(features: int, width: int, stride: int, *, name: str, dt
         features,
         (width,),
         (stride,),
-        padding=stride // 2,
+        padding=padding,
         dtype=dtype,
         kernel_init=initializer,
         bias_init=bias,

@@ -10,7 +10,8 @@ from speech_flax.configuration import Wav2Vec2BertConfig
 def adapter_output_lengths(lengths: Int[Array, "batch"], config: Wav2Vec2BertConfig) -> Int[Array, "batch"]:
     """Valid output frames for ``lengths`` valid input frames: the adapter's layers each divide them by their stride.
 
-    As in Transformers, the formula pads by half the kernel (the convolution itself by half the stride).
+    As in Transformers, the formula pads by half the kernel (the convolution itself by half the stride, unless
+    ``config.compatibility`` is "corrected").
     """
     if config.add_adapter:
         for _ in range(config.num_adapter_layers):
