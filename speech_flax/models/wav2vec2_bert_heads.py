@@ -31,6 +31,7 @@ def output_frame_mask(attention_mask: Mask, num_frames: int, config: Wav2Vec2Ber
 class Wav2Vec2BertHead:
     """What makes a head one of Wav2Vec2-BERT."""
 
+    config: Wav2Vec2BertConfig
     base_model_prefix = "wav2vec2_bert"
     base_model_class = Wav2Vec2BertModel
     frame_mask = staticmethod(output_frame_mask)
