@@ -1,0 +1,3 @@
+"""Heads of Wav2Vec2-BERT other than CTC."""
+
+VARIANTS = ()

@@ -1,0 +1,3 @@
+"""HuBERT: the bare model, then with its heads."""
+
+VARIANTS = ()
