@@ -98,7 +98,9 @@ class OptimizerSettings:
         betas: Decay rates of the moments.
         epsilon: Added to the root of the second moment.
         max_gradient_norm: Global norm to which gradients are clipped.
-        max_skipped_steps: Consecutive steps with a non-finite loss or gradient, each skipped, that abort the run.
+        spike_factor: A step whose loss or gradient norm is this many times its running average is skipped; 0 turns
+            that off.
+        max_skipped_steps: Consecutive skipped steps (not finite, or a spike) that abort the run.
     """
 
     learning_rate: float = 5e-5
@@ -110,6 +112,7 @@ class OptimizerSettings:
     betas: tuple[float, float] = (0.9, 0.98)
     epsilon: float = 1e-8
     max_gradient_norm: float = 1.0
+    spike_factor: float = 20.0
     max_skipped_steps: int = 20
 
 
@@ -142,8 +145,14 @@ class Experiment:
         log_every: Steps between two log lines.
         evaluate_every: Steps between two evaluations on the validation utterances.
         checkpoint_every: Steps between two checkpoints.
-        keep_checkpoints: How many checkpoints are kept.
-        compilation_cache: Directory in which compiled programs are kept for the next run; none turns that off.
+        keep_checkpoints: How many of the newest checkpoints are kept.
+        keep_every: Checkpoints at multiples of this many steps are kept for good; none keeps the newest alone.
+        cache_directory: Directory in which compiled programs and the lengths of audio files are kept for the next run;
+            none turns that off.
+        hang_minutes: When nothing has moved for this long, the stacks of all threads are printed, again and again.
+        profile_steps: First and last step (from 1) of a profiler trace, written to ``profile/`` in the run directory.
+        wandb_project: Weights & Biases project to log to, beside JSON Lines and TensorBoard; none logs to no one else.
+        distributed: Join the other hosts of a TPU slice or cluster; to be set on all of them.
         model: The model.
         features: The log-mel front end.
         optimizer: Optimizer and schedule.
@@ -160,7 +169,12 @@ class Experiment:
     evaluate_every: int = 500
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
-    compilation_cache: str | None = "~/.cache/speech_flax"
+    keep_every: int | None = None
+    cache_directory: str | None = "~/.cache/speech_flax"
+    hang_minutes: float = 30.0
+    profile_steps: tuple[int, int] | None = None
+    wandb_project: str | None = None
+    distributed: bool = False
     model: ModelSettings = ModelSettings()
     features: FeatureSettings = FeatureSettings()
     optimizer: OptimizerSettings = OptimizerSettings()

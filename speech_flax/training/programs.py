@@ -5,10 +5,9 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from speech_flax.data.loader import Batch
@@ -20,7 +19,7 @@ from speech_flax.training.task import RowResults, Task, initial_parameters
 def use_compilation_cache(directory: str | None) -> None:
     """Keep compiled programs in ``directory`` from run to run."""
     if directory is not None:
-        path = Path(os.path.expandvars(directory)).expanduser()
+        path = Path(os.path.expandvars(directory)).expanduser() / "programs"
         jax.config.update("jax_compilation_cache_dir", str(path))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
@@ -47,9 +46,17 @@ class Programs:
             self._shardings,
         )
         self._optimizer = optimizer
-        step = partial(train_step, task=task, optimizer=optimizer, seed=seed, accumulation=accumulation)
-        self._train = jax.jit(step, donate_argnums=0, out_shardings=(self._shardings, None))
-        self._evaluate = jax.jit(partial(evaluation_step, task=task))
+        step = partial(
+            train_step,
+            task=task,
+            optimizer=optimizer,
+            seed=seed,
+            accumulation=accumulation,
+            spike_factor=spike_factor,
+        )
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        self._train = jax.jit(step, donate_argnums=0, out_shardings=(self._shardings, everywhere))
+        self._evaluate = jax.jit(partial(evaluation_step, task=task), out_shardings=batch_sharding(mesh))
         self._compiled: dict[tuple, jax.stages.Compiled] = {}
 
     @staticmethod
@@ -61,7 +68,7 @@ class Programs:
         with jax.set_mesh(self.mesh):
             if pretrained is None:
                 return jax.jit(self._create, out_shardings=self._shardings)()
-            params = jax.tree.map(jax.device_put, pretrained, self._shardings.params)
+            params = jax.tree.map(_in_shards, pretrained, self._shardings.params)
             create = partial(TrainState.create, optimizer=self._optimizer)
             return jax.jit(create, out_shardings=self._shardings)(params)
 
@@ -92,11 +99,13 @@ class Programs:
         return self.compile(batch, training=False)(params, to_global(device_arrays(batch), self.mesh))
 
 
+def _in_shards(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """An array that every process holds whole, with no device ever holding more than its shard."""
+    array = np.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
 def parameter_count(params: PyTree) -> int:
     """Number of trained scalars."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
-
-def all_finite(tree: PyTree) -> bool:
-    """Whether every array of ``tree`` holds finite numbers only."""
-    return bool(jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree)))

@@ -15,14 +15,18 @@ from jaxtyping import Array, Float, Int, PyTree
 from speech_flax.training.task import RowResults, Task
 
 RANDOM_STREAMS = ("dropout", "spec_augment", "layer_drop")
+#: Steps before a spike can be told from the noise of the first ones.
+_STEPS_BEFORE_SPIKES = 50
+_AVERAGED_STEPS = 100
 
 
 @flax.struct.dataclass
 class TrainState:
     """Everything that changes in training, and all that a checkpoint holds.
 
-    ``step`` counts batches, skipped ones included; ``skipped`` counts those whose loss or gradient was not finite, and
-    ``skipped_in_a_row`` the last uninterrupted run of them.
+    ``step`` counts batches, skipped ones included; ``skipped`` counts those whose loss or gradient was not finite or a
+    spike, and ``skipped_in_a_row`` the last uninterrupted run of them. ``average_loss`` and ``average_norm`` follow the
+    loss and the gradient norm of the steps that were not skipped.
     """
 
     step: Int[Array, ""]
@@ -30,11 +34,13 @@ class TrainState:
     optimizer: PyTree
     skipped: Int[Array, ""]
     skipped_in_a_row: Int[Array, ""]
+    average_loss: Float[Array, ""]
+    average_norm: Float[Array, ""]
 
     @classmethod
     def create(cls, params: PyTree, optimizer: optax.GradientTransformation) -> "TrainState":
-        zero = jnp.zeros((), jnp.int32)
-        return cls(zero, params, optimizer.init(params), zero, zero)
+        count, average = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
+        return cls(count, params, optimizer.init(params), count, count, average, average)
 
 
 @flax.struct.dataclass
@@ -59,6 +65,13 @@ def _micro_batches(batch: dict[str, Array], accumulation: int) -> dict[str, Arra
     return jax.tree.map(split, batch)
 
 
+def _is_spike(state: TrainState, loss: Array, norm: Array, factor: float) -> Array:
+    if not factor:
+        return jnp.bool_(False)
+    high = (loss > factor * state.average_loss) | (norm > factor * state.average_norm)
+    return high & (state.step - state.skipped >= _STEPS_BEFORE_SPIKES)
+
+
 def train_step(
     state: TrainState,
     batch: dict[str, Array],
@@ -67,18 +80,20 @@ def train_step(
     optimizer: optax.GradientTransformation,
     seed: int,
     accumulation: int = 1,
+    spike_factor: float = 0.0,
 ) -> tuple[TrainState, StepMetrics]:
     """One optimizer step on one global batch.
 
     The loss is the sum over the batch's valid utterances divided by their number, over all devices and micro-batches.
-    A step with a non-finite loss or gradient leaves parameters and optimizer as they were.
+    A step whose loss or gradient is not finite, or ``spike_factor`` times its running average, leaves parameters and
+    optimizer as they were.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     count = jnp.maximum(batch["valid"].sum(), 1)
 
     def loss_sum(params: PyTree, rows: dict[str, Array], index: Int[Array, ""]):
         streams = jax.random.split(jax.random.fold_in(key, index), len(RANDOM_STREAMS))
-        rngs = dict(zip(RANDOM_STREAMS, streams, strict=True))
+        rngs = {**dict(zip(RANDOM_STREAMS, streams, strict=True)), "layer_drop": key}  # one draw for all micro-batches
         results = task.results(params, rows, deterministic=False, rngs=rngs)
         return results.losses.sum() / count, results.infeasible.sum()
 
@@ -94,16 +109,19 @@ def train_step(
         (gradients, loss, infeasible), _ = jax.lax.scan(accumulate, zeros, micro)
 
     norm = optax.global_norm(gradients)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    taken = jnp.isfinite(loss) & jnp.isfinite(norm) & ~_is_spike(state, loss, norm, spike_factor)
     updates, moved = optimizer.update(gradients, state.optimizer, state.params)
-    keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
-    skipped = (~finite).astype(jnp.int32)
+    keep = partial(jax.tree.map, lambda new, old: jnp.where(taken, new, old))
+    skipped = (~taken).astype(jnp.int32)
+    weight = 1 / jnp.minimum(state.step - state.skipped + 1, _AVERAGED_STEPS)
     state = TrainState(
         step=state.step + 1,
         params=keep(optax.apply_updates(state.params, updates), state.params),
         optimizer=keep(moved, state.optimizer),
         skipped=state.skipped + skipped,
         skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,
+        average_loss=keep(state.average_loss + weight * (loss - state.average_loss), state.average_loss),
+        average_norm=keep(state.average_norm + weight * (norm - state.average_norm), state.average_norm),
     )
     samples = jnp.where(batch["valid"], batch["sample_lengths"], 0).sum(dtype=jnp.float32)
     metrics = StepMetrics(loss, norm, batch["valid"].sum(), infeasible, samples, state.skipped, state.skipped_in_a_row)
