@@ -125,6 +125,22 @@ class BatchPlan:
         filled[: chosen.size] = chosen
         return PlannedBatch(step, epoch, index, filled)
 
+    def batches_between(self, first: int, last: int) -> Int64[np.ndarray, "buckets"]:
+        """How many of the steps ``first`` to ``last - 1`` use each bucket."""
+        counts = np.zeros(len(self.buckets), np.int64)
+        ends = np.cumsum(self.batches_per_bucket)
+        for epoch in range(first // self.steps_per_epoch, -(-last // self.steps_per_epoch)):
+            begin, end = (
+                min(max(step - epoch * self.steps_per_epoch, 0), self.steps_per_epoch) for step in (first, last)
+            )
+            if end - begin == self.steps_per_epoch:
+                counts += np.array(self.batches_per_bucket)
+            else:
+                order, _ = self._epoch(epoch if self.shuffle else 0)
+                slots = np.searchsorted(ends, order[begin:end], side="right")
+                counts += np.bincount(slots, minlength=counts.size)
+        return counts
+
     def summary(self) -> str:
         """The plan in a few lines: shapes, batches per epoch, padding."""
         seconds = self.num_samples.sum() / self.sampling_rate

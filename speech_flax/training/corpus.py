@@ -1,27 +1,30 @@
 """The utterances of an experiment, and the plans that batch them."""
 
 import dataclasses
+import hashlib
+import os
 from pathlib import Path
+from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from speech_flax.data.buckets import duration_samples, suggest_buckets
+from speech_flax.data.buckets import Bucket, duration_samples, suggest_buckets
 from speech_flax.data.loader import BatchLoader, LabelEncoder
 from speech_flax.data.plan import BatchPlan
 from speech_flax.data.sources import DataSource, Utterances, open_source
-from speech_flax.training.experiment import DataSettings
-from speech_flax.training.sharding import ShardingError, batch_divisor
+from speech_flax.training.experiment import DataSettings, ExperimentError
+from speech_flax.training.sharding import ShardingError, batch_divisor, process_shard
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Utterances of one purpose and their batch plan."""
+    """Utterances of one purpose, their batch plan, and which part (index, count) of every batch this process reads."""
 
     utterances: Utterances
     plan: BatchPlan
+    shard: tuple[int, int]
 
     def loader(self, encoder: LabelEncoder, settings: DataSettings, label_dtype: DTypeLike) -> BatchLoader:
         """Reads this process's rows of the batches."""
@@ -30,24 +33,44 @@ class Split:
             self.utterances,
             encoder,
             label_dtype=label_dtype,
-            shard=(jax.process_index(), jax.process_count()),
+            shard=self.shard,
             num_workers=settings.num_workers,
             cache_decoded_mb=settings.cache_decoded_mb,
         )
 
-    @property
-    def seconds(self) -> float:
-        """Audio of one pass."""
-        return float(self.plan.num_samples.sum()) / self.plan.sampling_rate
+    def plan_record(self) -> dict[str, Any]:
+        """What a continued run needs to make the same batches on another mesh, as plain data."""
+        digest = hashlib.blake2b(self.plan.num_samples.tobytes(), digest_size=8)
+        digest.update("\n".join((*self.utterances.ids(), *self.utterances.texts())).encode())
+        buckets = [[bucket.max_seconds, bucket.batch_size] for bucket in self.plan.buckets]
+        return {"utterances": len(self.utterances), "digest": digest.hexdigest(), "buckets": buckets}
+
+
+def durations_file(source: DataSource, cache_directory: str | None) -> Path | None:
+    """Where the lengths of a source's audio files are kept between runs."""
+    if cache_directory is None:
+        return None
+    name = hashlib.blake2b(f"{source.path}|{source.split}|{source.name}".encode(), digest_size=8).hexdigest()
+    return Path(os.path.expandvars(cache_directory)).expanduser() / "durations" / f"{name}.npz"
 
 
 def open_split(
-    source: DataSource, settings: DataSettings, mesh: Mesh, *, accumulation: int, seed: int, training: bool, cache: Path
+    source: DataSource,
+    settings: DataSettings,
+    mesh: Mesh,
+    *,
+    accumulation: int,
+    seed: int,
+    training: bool,
+    cache: Path | None,
+    planned: dict[str, Any] | None = None,
 ) -> Split:
-    """Read a source's table and durations (remembered in ``cache``), and plan its batches.
+    """Read a source's table and durations (remembered in ``cache``), and plan its batches: as the record ``planned`` of
+    an earlier run says, or anew.
 
     Raises:
-        ShardingError: when ``data.batch_size`` is smaller than the number of shards.
+        ShardingError: when batches cannot be cut into as many parts as there are shards and micro-batches.
+        ExperimentError: when the utterances are no longer those that were planned for.
     """
     multiple = batch_divisor(mesh) * (accumulation if training else 1)
     if settings.batch_size < multiple:
@@ -55,14 +78,30 @@ def open_split(
             f"data.batch_size = {settings.batch_size} is smaller than {multiple}, the product of mesh.data, mesh.fsdp "
             "and accumulation: every device needs a row in every micro-batch"
         )
+    shard = process_shard(mesh)
     utterances = open_source(source, cache=cache)
     durations = np.asarray(utterances.durations(cache))
-    buckets = suggest_buckets(
-        durations,
-        settings.num_buckets,
-        seconds_per_batch=settings.batch_seconds,
-        max_batch_size=settings.batch_size,
-        batch_multiple=multiple,
-    )
+    if planned is None:
+        buckets = suggest_buckets(
+            durations,
+            settings.num_buckets,
+            seconds_per_batch=settings.batch_seconds,
+            max_batch_size=settings.batch_size,
+            batch_multiple=multiple,
+        )
+    else:
+        buckets = [Bucket(seconds, size) for seconds, size in planned["buckets"]]
+        for bucket in buckets:
+            if bucket.batch_size % multiple:
+                raise ShardingError(
+                    f"this run was begun with batches of {bucket.batch_size} utterances, which mesh.data x mesh.fsdp x "
+                    f"accumulation = {multiple} does not divide; choose a mesh and accumulation that do"
+                )
     plan = BatchPlan(duration_samples(durations), buckets, seed=seed, shuffle=training)
-    return Split(utterances, plan)
+    split = Split(utterances, plan, shard)
+    if planned is not None and split.plan_record() != planned:
+        raise ExperimentError(
+            f"{source.path} has changed since this run was begun ({planned['utterances']} utterances then, "
+            f"{len(utterances)} now): restore it, or choose another run_directory"
+        )
+    return split

@@ -184,9 +184,14 @@ class Experiment:
         positive = {name: getattr(self, name) for name in ("steps", "accumulation", "log_every", "evaluate_every")}
         positive |= {name: getattr(self, name) for name in ("checkpoint_every", "keep_checkpoints")}
         positive |= {f"data.{name}": getattr(self.data, name) for name in ("batch_seconds", "batch_size")}
+        if self.keep_every is not None:
+            positive["keep_every"] = self.keep_every
         for name, value in positive.items():
             if value <= 0:
                 raise ExperimentError(f"{name} is {value}; it must be at least 1")
+        if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
+            first, last = self.profile_steps
+            raise ExperimentError(f"profile_steps is {first}, {last}; it must be a first and a last step, from 1 on")
 
 
 def experiment_parser(prog: str = "train.py") -> ArgumentParser:
@@ -222,11 +227,11 @@ def read_experiment(path: str | Path, *overrides: str) -> Experiment:
     return parse_experiment(experiment_parser(), ["--config", str(path), *overrides])[0]
 
 
-def write_experiment(experiment: Experiment, path: str | Path) -> None:
-    """Write the resolved experiment as YAML that :func:`read_experiment` reads back to an equal one."""
+def experiment_yaml(experiment: Experiment) -> str:
+    """The resolved experiment as YAML that :func:`read_experiment` reads back to an equal one."""
     import yaml
 
-    Path(path).write_text(yaml.safe_dump(_plain(experiment), sort_keys=False))
+    return yaml.safe_dump(_plain(experiment), sort_keys=False)
 
 
 def differences(ours: Experiment, theirs: Experiment) -> list[str]:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from speech_flax.data.loader import Batch
-from speech_flax.training.sharding import batch_sharding, state_shardings, to_global
+from speech_flax.training.sharding import batch_sharding, process_shard, state_shardings, to_global
 from speech_flax.training.step import StepMetrics, TrainState, evaluation_step, train_step
 from speech_flax.training.task import RowResults, Task, initial_parameters
 
@@ -34,7 +34,14 @@ class Programs:
     """Training state and steps over one mesh, compiled ahead of time for each shape of batch."""
 
     def __init__(
-        self, task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, *, seed: int, accumulation: int = 1
+        self,
+        task: Task,
+        optimizer: optax.GradientTransformation,
+        mesh: Mesh,
+        *,
+        seed: int,
+        accumulation: int = 1,
+        spike_factor: float = 0.0,
     ):
         self.mesh = mesh
         self._create = partial(self._random_state, task, optimizer, seed)
@@ -77,7 +84,7 @@ class Programs:
         arrays = device_arrays(batch)
         key = (training, *(array.shape for array in arrays.values()))
         if key not in self._compiled:
-            sharding, processes = batch_sharding(self.mesh), jax.process_count()
+            sharding, processes = batch_sharding(self.mesh), process_shard(self.mesh)[1]
             abstract = {
                 name: jax.ShapeDtypeStruct((rows.shape[0] * processes, *rows.shape[1:]), rows.dtype, sharding=sharding)
                 for name, rows in arrays.items()
@@ -108,4 +115,3 @@ def _in_shards(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
 def parameter_count(params: PyTree) -> int:
     """Number of trained scalars."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
-

@@ -1,6 +1,5 @@
 """What a run says while it goes: one progress bar and one log line at a time, from process 0 alone."""
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -8,8 +7,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from speech_flax.data.loader import Batch
-from speech_flax.training.run_directory import MetricsLog
+from speech_flax.data.plan import BatchPlan
+from speech_flax.training.goodput import Clock, Estimate
+from speech_flax.training.metrics_log import MetricsLog
 from speech_flax.training.step import StepMetrics
 
 
@@ -23,86 +23,136 @@ class Progress:
     """Averages of the metrics between log lines, on a bar, in the log file and for TensorBoard.
 
     Numbers of a step are fetched when the next one has been dispatched, so that the device never waits for them.
+
+    Args:
+        steps: Steps of the run.
+        first_step: Steps that it has done.
+        plan: What the steps train on.
+        log: Where numbers are written; none on processes other than 0.
+        learning_rate: The schedule.
+        log_every: Steps between two log lines.
+        evaluate_every: Steps between two evaluations, for the estimate of the time that remains; none has none.
+        clock: Where the time goes.
     """
 
     def __init__(
         self,
+        *,
         steps: int,
         first_step: int,
+        plan: BatchPlan,
         log: MetricsLog | None,
         learning_rate: Callable[[int], Any],
         log_every: int,
+        evaluate_every: int | None,
+        clock: Clock,
     ):
+        self._plan = plan
         self._log = log
         self._learning_rate = learning_rate
         self._every = log_every
-        self._pending: tuple[int, StepMetrics, Batch] | None = None
+        self._evaluate_every = evaluate_every
+        self._clock = clock
+        self._estimate = Estimate(plan.bucket_samples)
+        self._pending: tuple[int, StepMetrics] | None = None
         self._window: list[tuple[StepMetrics, float]] = []
-        self._since = time.monotonic()
-        self.latest: StepMetrics | None = None
+        self._reported = self._fetched = self._now()
         quiet = True if jax.process_index() else None  # None: only on a terminal
         self._bar = tqdm(total=steps, initial=first_step, unit="step", disable=quiet, dynamic_ncols=True, smoothing=0.1)
+        self._bar.bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
-    def add(self, step: int, metrics: StepMetrics, batch: Batch) -> None:
-        """Note the metrics of a dispatched ``step``; they are looked at in the next call."""
-        self._fetch()
-        self._pending = (step, metrics, batch)
+    def add(self, step: int, metrics: StepMetrics) -> tuple[int, StepMetrics] | None:
+        """Note the metrics of a dispatched ``step``; returns the step before and its metrics, which have arrived."""
+        arrived = self.flush()
+        self._pending = (step, metrics)
+        return arrived
 
-    def flush(self) -> StepMetrics | None:
-        """Wait for the pending metrics and return them."""
-        self._fetch()
-        return self.latest
-
-    def _fetch(self) -> None:
+    def flush(self) -> tuple[int, StepMetrics] | None:
+        """Wait for the pending metrics and return them with their step."""
         if self._pending is None:
-            return
-        step, metrics, batch = self._pending
+            return None
+        step, pending = self._pending
         self._pending = None
-        self.latest = jax.device_get(metrics)
-        padded = batch.waveforms.shape[0] * batch.waveforms.shape[1] * jax.process_count() / 16_000
-        self._window.append((self.latest, padded))
+        metrics = jax.device_get(pending)
+        now, bucket = self._now(), self._plan.batch(step - 1).bucket_index
+        self._estimate.add(bucket, now["running"] - now["evaluation"] - (
+            self._fetched["running"] - self._fetched["evaluation"]))  # fmt: skip
+        self._fetched = now
+        padded = self._plan.buckets[bucket].batch_size * self._plan.bucket_samples[bucket]
+        self._window.append((metrics, padded / self._plan.sampling_rate))
         self._bar.update(step - self._bar.n)
         if step % self._every == 0 or step == self._bar.total:
             self._report(step)
+        return step, metrics
+
+    def _now(self) -> dict[str, float]:
+        times = {name: self._clock.seconds(name) for name in ("data", "evaluation")}
+        return {"running": self._clock.running, **times}
 
     def _report(self, step: int) -> None:
-        now = time.monotonic()
-        elapsed, self._since = now - self._since, now
+        now = self._now()
+        spent = {name: now[name] - self._reported[name] for name in now}
+        self._reported = now
         metrics = [metric for metric, _ in self._window]
-        finite = [float(metric.loss) for metric in metrics if np.isfinite(metric.loss)]
-        seconds = sum(float(metric.audio_samples) for metric in metrics) / 16_000
+        seconds = sum(float(metric.audio_samples) for metric in metrics) / self._plan.sampling_rate
         padded = sum(padded for _, padded in self._window)
+        self._window.clear()
+        finite = [float(metric.loss) for metric in metrics if np.isfinite(metric.loss)]
+        speed = seconds / max(spent["running"] - spent["evaluation"], 1e-9)
+        remaining = self.remaining_seconds(step)
         values = {
             "train/loss": float(np.mean(finite)) if finite else None,
             "train/learning_rate": float(self._learning_rate(step - 1)),
             "train/gradient_norm": _finite_or_none(np.mean([metric.gradient_norm for metric in metrics])),
-            "train/audio_seconds_per_second": seconds / elapsed,
-            "train/padding": 1 - seconds / padded if padded else None,
             "train/infeasible": int(sum(metric.infeasible for metric in metrics)),
             "train/skipped_steps": int(metrics[-1].skipped),
-            "train/seconds": round(elapsed, 3),
+            "speed/audio_seconds_per_second": speed,
+            "speed/padding": 1 - seconds / padded,
+            "speed/seconds": round(spent["running"], 3),
+            "speed/seconds_waiting_for_data": round(spent["data"], 3),
+            "speed/goodput": round(self._clock.goodput, 4),
+            "speed/remaining_seconds": None if remaining is None else round(remaining, 1),
+            "speed/device_memory_gib": device_memory(),
         }
-        self._window.clear()
         self.write(step, values)
         loss = f"{values['train/loss']:.3f}" if finite else "not finite"
-        rate, speed = values["train/learning_rate"], values["train/audio_seconds_per_second"]
-        self._bar.set_postfix_str(f"loss {loss}, lr {rate:.1e}, {speed:.0f} audio-s/s", refresh=False)
+        parts = [f"loss {loss}", f"lr {values['train/learning_rate']:.1e}", f"{speed:.0f} audio-s/s"]
+        if remaining:
+            parts.append(f"{_clock_time(remaining)} left")
+        self._bar.set_postfix_str(", ".join(parts), refresh=False)
         if self._bar.disable:
-            say(f"step {step}/{self._bar.total}: loss {loss}, lr {rate:.1e}, {speed:.0f} audio-s/s")
+            say(f"step {step}/{self._bar.total}: {', '.join(parts)}")
+
+    def remaining_seconds(self, step: int) -> float | None:
+        """Seconds that the steps after ``step`` and their evaluations will take."""
+        seconds = self._estimate.seconds(self._plan.batches_between(step, self._bar.total))
+        if seconds is None or self._evaluate_every is None:
+            return seconds
+        evaluations = (self._bar.total - 1) // self._evaluate_every - step // self._evaluate_every
+        return seconds + evaluations * self._clock.mean("evaluation")
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Log ``values`` of ``step``."""
         if self._log is not None:
             self._log.write(step, values)
 
-    def say(self, text: str) -> None:
-        """Print one line above the bar."""
-        say(text)
-
     def close(self) -> None:
         self._bar.close()
         if self._log is not None:
             self._log.close()
+
+
+def device_memory() -> float | None:
+    """Most memory that was ever in use on one of this process's devices, in GiB, where the platform tells."""
+    statistics = [device.memory_stats() for device in jax.local_devices()]
+    peaks = [known["peak_bytes_in_use"] for known in statistics if known and "peak_bytes_in_use" in known]
+    return round(max(peaks) / 2**30, 3) if peaks else None
+
+
+def _clock_time(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def _finite_or_none(value: float) -> float | None:

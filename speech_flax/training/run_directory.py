@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from speech_flax.training.experiment import Experiment, ExperimentError, differences, read_experiment, write_experiment
+from speech_flax.training.experiment import Experiment, ExperimentError, differences, experiment_yaml, read_experiment
 
 _LIBRARIES = ("speech_flax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "datasets", "grain")
 #: Fields that may change when an unfinished run is continued.
@@ -32,7 +32,9 @@ class RunDirectory:
         self.results = self.path / "results.json"
         self.curves = self.path / "curves.png"
         self.metrics = self.path / "metrics.jsonl"
+        self.profile = self.path / "profile"
         self.config = self.path / "config.yaml"
+        self._plan = self.path / "plan.json"
         self._check_same(experiment)
 
     def _check_same(self, experiment: Experiment) -> None:
@@ -50,19 +52,29 @@ class RunDirectory:
         """The results of a run that has come to its end, or ``None``."""
         return json.loads(self.results.read_text()) if self.results.exists() else None
 
-    def open(self, experiment: Experiment) -> None:
-        """Create the directory and describe the run in it."""
+    def plan(self) -> dict[str, Any] | None:
+        """How the training utterances of an unfinished run are batched; see :meth:`Split.plan_record`."""
+        return json.loads(self._plan.read_text()) if self._plan.exists() else None
+
+    def open(self, experiment: Experiment, plan: dict[str, Any]) -> None:
+        """Create the directory and describe the run in it. The configuration comes last: with it, all is there."""
         self.path.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
-            write_experiment(experiment, self.config)
-            (self.path / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+            _write(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+            _write(self._plan, json.dumps(plan) + "\n")
+            _write(self.config, experiment_yaml(experiment))
 
     def write_results(self, results: dict[str, Any]) -> None:
-        """Write ``results.json``; it appears whole or not at all."""
+        """Write ``results.json``."""
         if jax.process_index() == 0:
-            aside = self.results.with_suffix(".json.partial")
-            aside.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-            aside.replace(self.results)
+            _write(self.results, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """A file that appears whole or not at all."""
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(text)
+    aside.replace(path)
 
 
 def environment() -> dict[str, Any]:
@@ -93,33 +105,3 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
-
-
-class MetricsLog:
-    """One JSON object per line in ``metrics.jsonl``, and the same numbers for TensorBoard.
-
-    Lines of steps after ``first_step`` are dropped when a run goes on from an earlier checkpoint: the log reads as if
-    the run had never been interrupted.
-    """
-
-    def __init__(self, run: RunDirectory, first_step: int):
-        from tensorboardX import SummaryWriter
-
-        self._path = run.metrics
-        if self._path.exists():
-            kept = [line for line in self._path.read_text().splitlines() if json.loads(line)["step"] <= first_step]
-            self._path.write_text("".join(line + "\n" for line in kept))
-        self._file = self._path.open("a")
-        self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=first_step + 1)
-
-    def write(self, step: int, values: dict[str, Any]) -> None:
-        """Append ``values`` of ``step``; keys are ``train/loss`` and the like."""
-        self._file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self._file.close()
-        self._board.close()

@@ -18,19 +18,33 @@ BATCH_AXES = ("data", "fsdp")
 
 # Pattern of the whole parameter path -> axes. Leaves under encoder/layers carry a leading axis of layers.
 _NORM = r"(\w*layer_norm|layer_norm\w*)/(scale|bias)"
-_WIDENING = r"(intermediate_dense|linear_q|linear_k|linear_v|linear_pos|pointwise_conv1)"
-_NARROWING = r"(output_dense|linear_out|pointwise_conv2)"
+_WIDENING = r"(intermediate_dense|linear_q|linear_k|linear_v|linear_pos|pointwise_conv1|q_proj|k_proj|v_proj)"
+_NARROWING = r"(output_dense|linear_out|pointwise_conv2|out_proj)"
 PARAMETER_RULES: tuple[tuple[str, P], ...] = (
+    # Encoder layers of both families
     (rf"encoder/layers/(.*/)?{_NORM}", P()),
     (rf"encoder/layers/.*/{_WIDENING}/kernel", P(None, "fsdp", "tensor")),
     (rf"encoder/layers/.*/{_NARROWING}/kernel", P(None, "tensor", "fsdp")),
     (rf"encoder/layers/.*/({_WIDENING}|{_NARROWING})/bias", P()),
     (r"encoder/layers/.*/depthwise_conv/kernel", P(None, None, None, "fsdp")),
     (r"encoder/layers/.*/(distance_embedding/embedding|pos_bias_[uv])", P()),
+    (r"encoder/layers/adapter_layer/norm/(scale|bias)", P()),
+    (r"encoder/layers/adapter_layer/linear_1/kernel", P(None, "fsdp", None)),
+    (r"encoder/layers/adapter_layer/linear_2/kernel", P(None, None, "fsdp")),
+    (r"encoder/layers/adapter_layer/linear_[12]/bias", P()),
+    # What comes before them
+    (r"feature_extractor/conv_layers_\d+/conv/kernel", P(None, None, "fsdp")),
+    (r"feature_extractor/conv_layers_\d+/conv/bias", P()),
+    (rf"feature_extractor/conv_layers_\d+/{_NORM}", P()),
     (rf"feature_projection/{_NORM}", P()),
     (r"feature_projection/projection/kernel", P(None, "fsdp")),
     (r"feature_projection/projection/bias", P()),
     (r"masked_spec_embed", P()),
+    (r"encoder/pos_conv_embed/conv/(kernel|weight_v)", P(None, None, "fsdp")),
+    (r"encoder/pos_conv_embed/conv/(weight_g|bias)", P()),
+    (r"encoder/pos_conv_embed/batch_norm/(scale|bias|mean|var)", P()),
+    (rf"encoder/{_NORM}", P()),
+    # What comes after them
     (rf"adapter/(.*/)?{_NORM}", P()),
     (r"adapter/(.*/)?(proj|linear_[qkv]|intermediate_dense)/kernel", P("fsdp", "tensor")),
     (r"adapter/.*/(linear_out|output_dense)/kernel", P("tensor", "fsdp")),
@@ -39,8 +53,11 @@ PARAMETER_RULES: tuple[tuple[str, P], ...] = (
     (rf"intermediate_ffn/{_WIDENING}/kernel", P("fsdp", "tensor")),
     (rf"intermediate_ffn/{_NARROWING}/kernel", P("tensor", "fsdp")),
     (r"intermediate_ffn/.*/bias", P()),
+    # Heads: all but the largest are small, and some of their widths odd
     (r"lm_head/kernel", P("fsdp", None)),
     (r"lm_head/bias", P()),
+    (r"(projector|classifier|feature_extractor|tdnn_\d+/kernel)/(kernel|bias)", P()),
+    (r"layer_weights|objective/weight", P()),
 )
 
 
@@ -71,6 +88,24 @@ def make_mesh(settings: MeshSettings, devices: list[jax.Device] | None = None) -
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def process_shard(mesh: Mesh) -> tuple[int, int]:
+    """Which of how many equal parts of every batch this process reads: (index, count).
+
+    Raises:
+        ShardingError: when processes would have to read the same rows, or unequal numbers of them.
+    """
+    blocks = mesh.devices.reshape(batch_divisor(mesh), -1)
+    owners = [{device.process_index for device in block} for block in blocks]
+    if any(len(owner) > 1 for owner in owners):
+        local = len(mesh.local_devices)
+        raise ShardingError(
+            f"mesh.tensor = {mesh.shape['tensor']} spreads a layer over several hosts, of {local} devices each; "
+            f"choose a divisor of {local}"
+        )
+    order = list(dict.fromkeys(owner.pop() for owner in owners))
+    return order.index(jax.process_index()), len(order)
+
+
 def batch_divisor(mesh: Mesh) -> int:
     """Number of shards that a batch is cut into: its rows must be a multiple of it."""
     return math.prod(mesh.shape[name] for name in BATCH_AXES)
@@ -91,6 +126,27 @@ def parameter_spec(path: str) -> P:
     if len(matches) != 1:
         raise ShardingError(f"{len(matches)} sharding rules match the parameter {path}; exactly one must")
     return matches[0]
+
+
+def check_heads(mesh: Mesh, num_attention_heads: int) -> None:
+    """Every shard of a layer computes whole attention heads.
+
+    Raises:
+        ShardingError: when ``mesh.tensor`` does not divide their number.
+    """
+    tensor = mesh.shape["tensor"]
+    if num_attention_heads % tensor:
+        raise ShardingError(
+            f"mesh.tensor = {tensor} does not divide the model's {num_attention_heads} attention heads; "
+            f"choose {_choices(num_attention_heads, mesh)}"
+        )
+
+
+def _choices(size: int, mesh: Mesh) -> str:
+    """The sizes of an axis that divide both a width and the number of devices, as a list for people."""
+    shared = math.gcd(size, mesh.size)
+    divisors = [str(number) for number in range(1, shared + 1) if shared % number == 0]
+    return " or ".join(filter(None, (", ".join(divisors[:-1]), divisors[-1])))
 
 
 def _key(entry: jax.tree_util.KeyEntry) -> str:
@@ -115,7 +171,7 @@ def state_shardings(state: jax.typing.ArrayLike, mesh: Mesh):
             if axis is not None and size % mesh.shape[axis]:
                 raise ShardingError(
                     f"mesh.{axis} = {mesh.shape[axis]} does not divide the width {size} of {name}; "
-                    f"choose a divisor of {math.gcd(size, len(mesh.devices.flat) * size)}"
+                    f"choose {_choices(size, mesh)}"
                 )
         return NamedSharding(mesh, spec)
 

@@ -1,0 +1,65 @@
+"""Several processes that train as one, and how they are told to stop."""
+
+import os
+import signal
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+
+def join_processes(distributed: bool) -> None:
+    """Connect to the other processes of a run, once and before any device is used.
+
+    On TPU slices, Slurm, Kubernetes and Open MPI jax finds them by itself. Elsewhere the environment variables
+    ``JAX_COORDINATOR_ADDRESS`` (host:port of process 0), ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID`` name them; the
+    first of them also stands for ``distributed``.
+
+    Raises:
+        ValueError: when the processes cannot be found.
+    """
+    if not (distributed or "JAX_COORDINATOR_ADDRESS" in os.environ) or jax.distributed.is_initialized():
+        return
+    names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    number, identity = (int(os.environ[name]) if name in os.environ else None for name in names)
+    try:
+        jax.distributed.initialize(num_processes=number, process_id=identity)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"cannot join the processes of this run ({error}); set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
+            "JAX_PROCESS_ID, or leave distributed out on a single machine"
+        ) from error
+
+
+class StopRequest:
+    """Whether the run shall end after a checkpoint, because of SIGTERM, SIGINT or a preemption notice.
+
+    A context manager that handles the signals of a single process; a second signal stops it at once. Among several
+    processes jax's preemption service receives SIGTERM, to any one of them, and makes all stop at the same call.
+    """
+
+    def __init__(self):
+        self._received = False
+        self._polls = 0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if jax.process_count() == 1:
+            self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, _number: int, _frame: Any) -> None:
+        if self._received:
+            raise KeyboardInterrupt
+        self._received = True
+
+    def __call__(self) -> bool:
+        """True from the first call after the request on; all processes must call it equally often."""
+        if jax.process_count() > 1 and not self._received:
+            self._polls += 1
+            self._received = multihost_utils.reached_preemption_sync_point(self._polls)
+        return self._received

@@ -1,0 +1,33 @@
+"""Profiler traces of a few steps, for TensorBoard or Perfetto."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+class ProfilerTrace:
+    """Traces the steps ``first`` to ``last`` (from 1) into a directory; nothing when ``steps`` is ``None``."""
+
+    def __init__(self, steps: tuple[int, int] | None, directory: Path):
+        self._first, self._last = steps or (0, 0)
+        self._directory = directory
+        self._tracing = False
+
+    def before(self, step: int) -> None:
+        """To be called before ``step`` is dispatched."""
+        if step == self._first:
+            jax.profiler.start_trace(str(self._directory))
+            self._tracing = True
+
+    def after(self, step: int, results: Any) -> None:
+        """To be called after ``step`` was dispatched; waits for the ``results`` of the last one."""
+        if self._tracing and step >= self._last:
+            jax.block_until_ready(results)
+            self.close()
+
+    def close(self) -> None:
+        """Write what was traced."""
+        if self._tracing:
+            jax.profiler.stop_trace()
+            self._tracing = False
