@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"error: there is no command {arguments[0]!r}", file=sys.stderr)
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of what is none of the user's business
     logging.getLogger("speech_flax").setLevel(logging.INFO)
     try:
         return commands[arguments[0]](arguments[1:])
