@@ -106,11 +106,23 @@ def _evaluate(arguments: Sequence[str]) -> int:
     from speech_flax.training.experiment import experiment_parser, parse_experiment
     from speech_flax.training.loop import evaluate_model
 
+    own = argparse.ArgumentParser(
+        prog="speech-flax evaluate",
+        description="Score a trained model on data that a configuration file describes.",
+        epilog="All options of train.py describe the data, and override the configuration file.",
+        allow_abbrev=False,
+        add_help=False,
+    )
+    own.add_argument("--model", required=True, help="Directory of a trained model.")
+    own.add_argument("--split", choices=("validation", "test"), default="test", help="Utterances to score.")
     parser = experiment_parser("speech-flax evaluate")
-    parser.add_argument("--model_directory", "--model", type=str, required=True, help="Directory of a trained model.")
-    parser.add_argument("--split", choices=("validation", "test"), default="test", help="Utterances to score.")
-    experiment, options = parse_experiment(parser, arguments)
-    evaluation = evaluate_model(experiment, options.model_directory, options.split)
+    if {"-h", "--help"} & set(arguments):
+        own.print_help()
+        parser.print_help()
+        return 0
+    options, others = own.parse_known_args(arguments)
+    experiment = parse_experiment(parser, others)[0]
+    evaluation = evaluate_model(experiment, options.model, options.split)
     print(json.dumps(evaluation.numbers(), indent=2))
     return 0
 

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from speech_flax.audio.decoding import AudioError
 from speech_flax.data.buckets import Bucket, duration_samples, suggest_buckets
 from speech_flax.data.loader import BatchLoader, LabelEncoder
 from speech_flax.data.plan import BatchPlan
@@ -81,6 +82,8 @@ def open_split(
     shard = process_shard(mesh)
     utterances = open_source(source, cache=cache)
     durations = np.asarray(utterances.durations(cache))
+    if not durations.any():
+        _explain_unreadable(utterances)
     if planned is None:
         buckets = suggest_buckets(
             durations,
@@ -105,3 +108,20 @@ def open_split(
             f"{len(utterances)} now): restore it, or choose another run_directory"
         )
     return split
+
+
+def _explain_unreadable(utterances: Utterances) -> None:
+    """Raise for a source of which no audio file can be read.
+
+    Raises:
+        ExperimentError: with the cause for the first one.
+    """
+    cause = ""
+    try:
+        utterances.waveform(0)
+    except (AudioError, OSError) as error:
+        cause = f"; the first: {error}"
+    raise ExperimentError(
+        f"none of the {len(utterances)} audio files of {utterances.source.path} can be read{cause}; check the column "
+        "of paths and audio_directory"
+    )

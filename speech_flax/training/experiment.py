@@ -269,7 +269,7 @@ def _one_sentence(message: str) -> str:
     message = re.sub(r"\s+", " ", message).strip()
     message = re.sub(r"Problem with given class_path '[^']*': ?", "", message)
     unknown = re.search(r"(?:accept option|Option|Key|arguments:) '?(?:--)?([\w.]+)'?", message)
-    if unknown and ("accept" in message or "Unrecognized" in message):
+    if unknown and ("accept" in message or "nrecognized" in message):
         name = unknown.group(1).split(".")[-1]
         nearest = difflib.get_close_matches(name, sorted(set(_field_names(Experiment))), n=1, cutoff=0.5)
         message += f"; did you mean '{nearest[0]}'?" if nearest else "; see --help for the known names"

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import flax.linen as nn
 import flax.struct
@@ -39,6 +39,7 @@ class ScoredRow:
     hypothesis: Any
 
 
+@runtime_checkable
 class Task(Protocol):
     """A model with its data: labels, losses and metrics."""
 

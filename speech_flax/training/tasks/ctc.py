@@ -163,7 +163,7 @@ def make_ctc_task(experiment: Experiment, labels: Sequence[str]) -> tuple[CTCTas
     fields = model_config(experiment, processor)
     try:
         if settings.pretrained is None:
-            params, config = None, Wav2Vec2BertConfig(**fields)
+            params, config = None, Wav2Vec2BertConfig.from_dict(fields)
         else:
             module, params = Wav2Vec2BertForCTC.from_pretrained(settings.pretrained, **fields)
             config = module.config

@@ -1,0 +1,152 @@
+"""A mistake in what a run is given ends in one sentence and a non-zero exit code, with nothing written."""
+
+import contextlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tone_corpus import write_config, write_corpus
+
+from speech_flax.cli import main
+from speech_flax.configuration import HubertConfig
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"), {"train": 6, "validation": 2})
+
+
+@pytest.fixture
+def refused(corpus, tmp_path, capfd):
+    """Runs ``train`` on a changed configuration and returns its one sentence."""
+
+    def run(*options: str, **fields: object) -> str:
+        directory = tmp_path / "run"
+        config = write_config(tmp_path / "config.yaml", corpus, directory, **fields)
+        before = sorted(tmp_path.rglob("*"))
+        assert main(["train", "--config", str(config), *options]) == 1
+        assert sorted(tmp_path.rglob("*")) == before, "something was written"
+        error = capfd.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1, error
+        assert "Traceback" not in error
+        return error
+
+    return run
+
+
+def test_unknown_key_is_refused_with_the_nearest_name(refused):
+    error = refused(optimizer={"learning_rat": 1e-3})
+    assert "learning_rat" in error and "did you mean 'learning_rate'?" in error
+
+
+def test_unknown_option_is_refused_with_the_nearest_name(refused):
+    error = refused("--optimizer.warmpu=0.1")
+    assert "warmpu" in error and "did you mean 'warmup'?" in error
+
+
+def test_unknown_model_field_is_refused_with_the_nearest_name(refused):
+    error = refused(model={"config": {"hiden_size": 16}})
+    assert "hiden_size" in error and "hidden_size" in error.replace("hiden_size", "")
+
+
+def test_wrong_type_names_the_field_and_the_value(refused):
+    error = refused(steps="many")
+    assert "steps" in error and "many" in error
+
+
+def test_command_refuses_a_model_field_of_the_wrong_type(corpus, tmp_path):
+    """In its own process: the checks of shapes and types that the tests switch on would speak first in this one."""
+    config = write_config(tmp_path / "config.yaml", corpus, tmp_path / "run", model={"config": {"hidden_size": "wide"}})
+    script = Path(__file__).parents[1] / "train.py"
+    done = subprocess.run([sys.executable, str(script), "--config", str(config)], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == "error: model: config field 'hidden_size' must be int, not 'wide'\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_impossible_value_names_the_field(refused):
+    assert "checkpoint_every is 0" in refused(checkpoint_every=0)
+    assert "profile_steps" in refused(profile_steps=[5, 2])
+
+
+def test_missing_configuration_file_is_named(capfd):
+    assert main(["train", "--config", "nowhere.yaml"]) == 1
+    assert "nowhere.yaml" in capfd.readouterr().err
+
+
+def test_missing_data_is_named(refused, corpus):
+    nowhere = corpus / "nowhere"
+    assert str(nowhere) in refused(data={"train": {"path": str(nowhere)}})
+    assert "'dev'" in refused(data={"train": {"path": str(corpus / "train.csv"), "split": "dev"}})
+
+
+def test_missing_column_is_refused_with_the_nearest_name(refused, corpus):
+    error = refused(data={"train": {"path": str(corpus), "text_column": "txt"}})
+    assert "'txt'" in error and "did you mean 'text'?" in error
+
+
+def test_empty_data_set_is_named(refused, tmp_path):
+    empty = tmp_path / "empty.csv"
+    empty.write_text("audio,text\n")
+    assert "empty.csv" in refused(data={"train": {"path": str(empty)}})
+
+
+def test_audio_that_cannot_be_read_at_all_is_refused(refused, tmp_path):
+    manifest = tmp_path / "gone.csv"
+    manifest.write_text("audio,text\ngone.wav,ab\n")
+    error = refused(data={"train": {"path": str(manifest)}})
+    assert "none of the 1 audio files" in error and "gone.wav" in error
+
+
+def test_characters_outside_the_vocabulary_are_listed(refused, tmp_path):
+    vocabulary = tmp_path / "vocab.json"
+    vocabulary.write_text(json.dumps({"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "|": 4, "a": 5, "b": 6, "c": 7}))
+    error = refused(f"--data.vocabulary={vocabulary}")
+    assert "'d' (" in error and "data.vocabulary" in error
+
+
+def test_mesh_that_does_not_fit_the_devices_says_what_to_change(refused):
+    error = refused("--mesh.data=3")
+    assert "data 3" in error and "1 device" in error and "-1" in error
+
+
+def test_batch_smaller_than_its_micro_batches_is_refused(refused):
+    assert "data.batch_size = 8 is smaller than 16" in refused("--accumulation=16")
+
+
+def test_pretrained_directory_without_a_model_is_named(refused, tmp_path):
+    (tmp_path / "pretrained").mkdir()
+    assert "pretrained" in refused(model={"pretrained": str(tmp_path / "pretrained")})
+
+
+def test_pretrained_model_of_another_family_is_refused(refused, tmp_path):
+    directory = tmp_path / "hubert"
+    directory.mkdir()
+    HubertConfig(vocab_size=8).save_pretrained(directory)
+    assert "hubert" in refused(model={"pretrained": str(directory)})
+
+
+def test_run_directory_of_another_experiment_is_refused(refused, corpus, tmp_path, capfd):
+    directory = tmp_path / "run"
+    directory.mkdir()
+    write_config(directory / "config.yaml", corpus, directory)
+    assert "optimizer.learning_rate" in refused("--optimizer.learning_rate=1")
+
+
+def test_resuming_what_is_no_run_is_refused(tmp_path, capfd):
+    assert main(["train", "--resume", str(tmp_path)]) == 1
+    assert "config.yaml" in capfd.readouterr().err
+
+
+def test_help_explains_every_option(capsys):
+    for command in ("train", "transcribe", "evaluate"):
+        with contextlib.suppress(SystemExit):
+            assert main([command, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert text.startswith("usage:")
+        options = re.findall(r"^  (?:-\w, )?(--[\w.]+)(.*(?:\n {6,}.*)*)", text, re.MULTILINE)
+        explained = {name for name, rest in options if re.search(r"(  +|\n +)\S+ \S+", rest)}
+        assert options and {name for name, _ in options} == explained
