@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from speech_flax.configuration import HubertConfig
-from speech_flax.layers.attention import attend_to_all
+from speech_flax.layers.attention import attention
 from speech_flax.layers.encoder_layer import EncoderLayer
 from speech_flax.layers.feed_forward import FeedForward, linear
 from speech_flax.layers.normalization import LayerNorm
@@ -35,19 +35,17 @@ class Attention(nn.Module):
         dense = partial(linear, features, dtype=self.dtype, initializer_range=config.initializer_range)
 
         def heads(name: str) -> Array:
-            projected = dense(name=name)(hidden_states)
-            return projected.reshape(batch, frames, config.num_attention_heads, -1).swapaxes(1, 2)
+            return dense(name=name)(hidden_states).reshape(batch, frames, config.num_attention_heads, -1)
 
         rate = 0.0 if deterministic else config.attention_dropout
-        random = self.make_rng("dropout") if rate else None
-        attended, probabilities = attend_to_all(
+        attended, probabilities = attention(
             heads("q_proj"),
             heads("k_proj"),
             heads("v_proj"),
             mask,
-            rate=rate,
-            random=random,
-            output_probabilities=output_attentions,
+            dropout_rate=rate,
+            dropout_key=self.make_rng("dropout") if rate else None,
+            output_attentions=output_attentions,
         )
         return dense(name="out_proj")(attended), probabilities
 
@@ -78,7 +76,7 @@ class TransformerLayer(EncoderLayer):
 
     def _layer(self, hidden_states: Array, mask: Array) -> tuple[Array, Array | None]:
         config, deterministic = self.config, self.deterministic
-        attention = Attention(config, self.dtype, name="attention")
+        self_attention = Attention(config, self.dtype, name="attention")
         layer_norm = LayerNorm(config.layer_norm_eps, self.dtype, name="layer_norm")
         final_layer_norm = LayerNorm(config.layer_norm_eps, self.dtype, name="final_layer_norm")
         feed_forward = FeedForward(
@@ -92,7 +90,7 @@ class TransformerLayer(EncoderLayer):
         )
         stable = config.do_stable_layer_norm
         hidden = shard_batch(hidden_states)
-        attended, attentions = attention(
+        attended, attentions = self_attention(
             layer_norm(hidden) if stable else hidden, mask, deterministic, self.output_attentions
         )
         hidden = hidden + nn.Dropout(config.hidden_dropout)(attended, deterministic)
