@@ -31,6 +31,8 @@ class ModelSettings:
         dtype: Computation type. Parameters are always float32; softmax, norms and losses are computed in float32.
         remat: What is kept for the backward pass: all ("none"), matrix products ("dots"), layer inputs only ("full").
         scan_unroll: Encoder layers per iteration of the compiled loop: more compile slower and may run faster.
+        frozen: Regular expressions; parameters in whose path one is found are not trained, such as feature_extractor.
+            The encoder's layers are one stack: all of them or none.
     """
 
     family: Literal["wav2vec2-bert"] = "wav2vec2-bert"
@@ -39,6 +41,7 @@ class ModelSettings:
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "full"] = "none"
     scan_unroll: int = 1
+    frozen: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +92,8 @@ class OptimizerSettings:
 
     Args:
         learning_rate: Peak learning rate.
+        head_learning_rate: Peak learning rate of the head, all that is not in the base model; none is that of the rest.
+        head_only_steps: First steps, in which the head alone is trained.
         schedule: After a linear warm-up: hold, then decay exponentially ("tri_stage"); decay linearly to the final
             rate; or follow half a cosine down to it.
         warmup: Share of all steps in which the learning rate rises.
@@ -104,6 +109,8 @@ class OptimizerSettings:
     """
 
     learning_rate: float = 5e-5
+    head_learning_rate: float | None = None
+    head_only_steps: int = 0
     schedule: Literal["tri_stage", "linear", "cosine"] = "tri_stage"
     warmup: float = 0.1
     hold: float = 0.4

@@ -13,7 +13,7 @@ from speech_flax.training.curves import draw_curves
 from speech_flax.training.evaluation import Evaluation, describe, evaluate
 from speech_flax.training.experiment import Experiment, ExperimentError
 from speech_flax.training.metrics_log import check_wandb
-from speech_flax.training.optimizer import make_optimizer
+from speech_flax.training.optimizer import Optimizer
 from speech_flax.training.processes import StopRequest, join_processes
 from speech_flax.training.programs import Programs, parameter_count, use_compilation_cache
 from speech_flax.training.progress import say
@@ -55,7 +55,7 @@ def train(experiment: Experiment) -> dict[str, Any] | None:
     }
     programs = Programs(
         task,
-        make_optimizer(experiment.optimizer, experiment.steps),
+        Optimizer(experiment.optimizer, experiment.steps, experiment.model.frozen),
         mesh,
         seed=experiment.seed,
         accumulation=experiment.accumulation,
@@ -188,7 +188,7 @@ def evaluate_model(experiment: Experiment, directory: str, split: str) -> Evalua
     use_compilation_cache(experiment.cache_directory)
     mesh = make_mesh(experiment.mesh)
     task, params = load_task(experiment, directory)
-    programs = Programs(task, make_optimizer(experiment.optimizer, 1), mesh, seed=experiment.seed)
+    programs = Programs(task, Optimizer(experiment.optimizer, 1), mesh, seed=experiment.seed)
     cache = durations_file(source, experiment.cache_directory)
     chosen = open_split(source, experiment.data, mesh, accumulation=1, seed=0, training=False, cache=cache)
     batches = chosen.loader(task.label_encoder, experiment.data, task.label_dtype).batches()

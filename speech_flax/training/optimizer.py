@@ -1,12 +1,20 @@
 """AdamW with the learning-rate schedules of speech fine-tuning."""
 
-import jax
-import optax
+import dataclasses
+import re
+from typing import Any
 
-from speech_flax.training.experiment import OptimizerSettings
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import PyTree
+
+from speech_flax.training.experiment import ExperimentError, OptimizerSettings
 
 #: The last name on the path of a parameter that weight decay applies to: matrices and embedding tables.
-_DECAYED = ("kernel", "embedding")
+_DECAYED = ("kernel", "embedding", "weight", "weight_g", "weight_v")
+#: What the base model is called among the parameters of a model with a head; the head is all the rest.
+_BASE_MODELS = ("wav2vec2_bert", "hubert")
 
 
 def learning_rate_schedule(settings: OptimizerSettings, steps: int) -> optax.Schedule:
@@ -31,21 +39,94 @@ def learning_rate_schedule(settings: OptimizerSettings, steps: int) -> optax.Sch
     return optax.join_schedules([rise, optax.constant_schedule(peak), decay], [warmup, warmup + hold])
 
 
-def decay_mask(params: dict) -> dict:
+def decay_mask(params: PyTree) -> PyTree:
     """``True`` for every parameter that weight decay applies to: no norm, no bias, no mask embedding."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in _DECAYED, params)
 
 
-def make_optimizer(settings: OptimizerSettings, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW (Loshchilov and Hutter 2019) with masked decay and a schedule."""
-    return optax.chain(
-        optax.clip_by_global_norm(settings.max_gradient_norm),
-        optax.adamw(
-            learning_rate_schedule(settings, steps),
-            b1=settings.betas[0],
-            b2=settings.betas[1],
-            eps=settings.epsilon,
-            weight_decay=settings.weight_decay,
-            mask=decay_mask,
-        ),
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """Clipping by global norm, then AdamW (Loshchilov and Hutter 2019) with masked decay and a schedule, for the base
+    model and the head apart.
+
+    Args:
+        settings: Rates and their schedule.
+        steps: Steps of the run.
+        frozen: Regular expressions; parameters in whose path one is found keep their values, and have no moments.
+    """
+
+    settings: OptimizerSettings
+    steps: int
+    frozen: tuple[str, ...] = ()
+
+    def init(self, params: PyTree) -> PyTree:
+        """The state before the first step."""
+        return self._transformation(head_only=False).init(params)
+
+    def update(
+        self, gradients: PyTree, state: PyTree, params: PyTree, *, head_only: bool = False
+    ) -> tuple[PyTree, PyTree]:
+        """What to add to ``params``, and the next state. With ``head_only`` the base model and its moments stay."""
+        return self._transformation(head_only).update(gradients, state, params)
+
+    def held(self, params: PyTree, *, head_only: bool = False) -> PyTree:
+        """``True`` for every parameter that a step does not change.
+
+        Raises:
+            ExperimentError: when a pattern of ``frozen`` matches nothing, or all is held.
+        """
+        kept = ("frozen", "base") if head_only else ("frozen",)
+        return jax.tree.map(lambda group: group in kept, self._groups(params))
+
+    def _groups(self, params: PyTree) -> PyTree:
+        """``"frozen"``, ``"base"`` or ``"head"`` for every parameter."""
+        unused = set(self.frozen)
+
+        def group(path: tuple, _: Any) -> str:
+            name = "/".join(entry.key for entry in path)
+            matches = {pattern for pattern in self.frozen if re.search(pattern, name)}
+            unused.difference_update(matches)
+            return "frozen" if matches else "base" if path[0].key in _BASE_MODELS else "head"
+
+        groups = jax.tree_util.tree_map_with_path(group, params)
+        if unused:
+            raise ExperimentError(
+                f"model.frozen: no parameter's path matches {min(unused)!r}; paths look like {_example(params)}"
+            )
+        kinds = set(jax.tree.leaves(groups))
+        if kinds == {"frozen"} or (self.settings.head_only_steps and "head" not in kinds):
+            raise ExperimentError("model.frozen leaves nothing to train; freeze less")
+        return groups
+
+    def _is_head(self, params: PyTree) -> PyTree:
+        return jax.tree.map(lambda group: group == "head", self._groups(params))
+
+    def _transformation(self, head_only: bool) -> optax.GradientTransformation:
+        settings = self.settings
+        adamw = optax.chain(
+            optax.scale_by_adam(settings.betas[0], settings.betas[1], settings.epsilon),
+            optax.add_decayed_weights(settings.weight_decay, mask=decay_mask),
+        )
+        groups = {"frozen": optax.set_to_zero(), "base": _held(adamw) if head_only else adamw, "head": adamw}
+        rate = settings.head_learning_rate
+        relative = 1.0 if rate is None else rate / settings.learning_rate
+        return optax.chain(
+            optax.clip_by_global_norm(settings.max_gradient_norm),
+            optax.partition(groups, self._groups),
+            optax.scale_by_learning_rate(learning_rate_schedule(settings, self.steps)),
+            optax.masked(
+                optax.scale(relative), lambda tree: jax.tree.map(lambda kind: kind == "head", self._groups(tree))
+            ),
+        )
+
+
+def _held(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same state, neither used nor changed."""
+    return optax.GradientTransformation(
+        transformation.init, lambda updates, state, params=None: (jax.tree.map(jnp.zeros_like, updates), state)
     )
+
+
+def _example(params: PyTree) -> str:
+    path, _ = jax.tree_util.tree_flatten_with_path(params)[0][0]
+    return "/".join(entry.key for entry in path)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from speech_flax.data.loader import Batch
+from speech_flax.training.optimizer import Optimizer
 from speech_flax.training.sharding import batch_sharding, process_shard, state_shardings, to_global
 from speech_flax.training.step import StepMetrics, TrainState, evaluation_step, train_step
 from speech_flax.training.task import RowResults, Task, initial_parameters
@@ -36,7 +36,7 @@ class Programs:
     def __init__(
         self,
         task: Task,
-        optimizer: optax.GradientTransformation,
+        optimizer: Optimizer,
         mesh: Mesh,
         *,
         seed: int,
@@ -62,12 +62,17 @@ class Programs:
             spike_factor=spike_factor,
         )
         everywhere = NamedSharding(mesh, PartitionSpec())
-        self._train = jax.jit(step, donate_argnums=0, out_shardings=(self._shardings, everywhere))
-        self._evaluate = jax.jit(partial(evaluation_step, task=task), out_shardings=batch_sharding(mesh))
+        results = (self._shardings, everywhere)
+        self._jitted = {
+            "train": jax.jit(step, donate_argnums=0, out_shardings=results),
+            "train head": jax.jit(partial(step, head_only=True), donate_argnums=0, out_shardings=results),
+            "evaluate": jax.jit(partial(evaluation_step, task=task), out_shardings=batch_sharding(mesh)),
+        }
+        self.head_only_steps = optimizer.settings.head_only_steps
         self._compiled: dict[tuple, jax.stages.Compiled] = {}
 
     @staticmethod
-    def _random_state(task: Task, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    def _random_state(task: Task, optimizer: Optimizer, seed: int) -> TrainState:
         return TrainState.create(initial_parameters(task, jax.random.key(seed)), optimizer)
 
     def initial_state(self, pretrained: PyTree | None = None) -> TrainState:
@@ -79,27 +84,26 @@ class Programs:
             create = partial(TrainState.create, optimizer=self._optimizer)
             return jax.jit(create, out_shardings=self._shardings)(params)
 
-    def compile(self, batch: Batch, *, training: bool) -> jax.stages.Compiled:
+    def compile(self, batch: Batch, *, training: bool, head_only: bool = False) -> jax.stages.Compiled:
         """The program for batches of this shape; compiled at the first call."""
         arrays = device_arrays(batch)
-        key = (training, *(array.shape for array in arrays.values()))
+        program = ("train head" if head_only else "train") if training else "evaluate"
+        key = (program, *(array.shape for array in arrays.values()))
         if key not in self._compiled:
             sharding, processes = batch_sharding(self.mesh), process_shard(self.mesh)[1]
             abstract = {
                 name: jax.ShapeDtypeStruct((rows.shape[0] * processes, *rows.shape[1:]), rows.dtype, sharding=sharding)
                 for name, rows in arrays.items()
             }
+            state = self.abstract_state if training else self.abstract_state.params
             with jax.set_mesh(self.mesh):
-                if training:
-                    lowered = self._train.lower(self.abstract_state, abstract)
-                else:
-                    lowered = self._evaluate.lower(self.abstract_state.params, abstract)
-                self._compiled[key] = lowered.compile()
+                self._compiled[key] = self._jitted[program].lower(state, abstract).compile()
         return self._compiled[key]
 
     def train(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         """One step; returns before the devices have finished it."""
-        return self.compile(batch, training=True)(state, to_global(device_arrays(batch), self.mesh))
+        compiled = self.compile(batch, training=True, head_only=batch.step < self.head_only_steps)
+        return compiled(state, to_global(device_arrays(batch), self.mesh))
 
     def predict(self, params: PyTree, batch: Batch) -> RowResults:
         """Predictions and losses of one batch."""

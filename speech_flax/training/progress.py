@@ -102,7 +102,7 @@ class Progress:
         remaining = self.remaining_seconds(step)
         values = {
             "train/loss": float(np.mean(finite)) if finite else None,
-            "train/learning_rate": float(self._learning_rate(step - 1)),
+            "train/learning_rate": float(self._learning_rate(step - 1 - int(metrics[-1].skipped))),
             "train/gradient_norm": _finite_or_none(np.mean([metric.gradient_norm for metric in metrics])),
             "train/infeasible": int(sum(metric.infeasible for metric in metrics)),
             "train/skipped_steps": int(metrics[-1].skipped),

@@ -10,8 +10,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Int, PyTree
 
+from speech_flax.training.optimizer import Optimizer
 from speech_flax.training.task import RowResults, Task
 
 RANDOM_STREAMS = ("dropout", "spec_augment", "layer_drop")
@@ -26,34 +27,39 @@ class TrainState:
 
     ``step`` counts batches, skipped ones included; ``skipped`` counts those whose loss or gradient was not finite or a
     spike, and ``skipped_in_a_row`` the last uninterrupted run of them. ``average_loss`` and ``average_norm`` follow the
-    loss and the gradient norm of the steps that were not skipped.
+    loss and the gradient norm of the steps that were not skipped. All but ``params`` and ``optimizer`` are scalars;
+    shapes, shardings and checksums come in trees of this type, too.
     """
 
-    step: Int[Array, ""]
+    step: PyTree
     params: PyTree
     optimizer: PyTree
-    skipped: Int[Array, ""]
-    skipped_in_a_row: Int[Array, ""]
-    average_loss: Float[Array, ""]
-    average_norm: Float[Array, ""]
+    skipped: PyTree
+    skipped_in_a_row: PyTree
+    average_loss: PyTree
+    average_norm: PyTree
 
     @classmethod
-    def create(cls, params: PyTree, optimizer: optax.GradientTransformation) -> "TrainState":
+    def create(cls, params: PyTree, optimizer: Optimizer) -> "TrainState":
         count, average = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
         return cls(count, params, optimizer.init(params), count, count, average, average)
 
 
 @flax.struct.dataclass
 class StepMetrics:
-    """Sums over the global batch; ``loss`` is per utterance, as it is differentiated."""
+    """Scalars of the global batch, on the device or fetched from it.
 
-    loss: Float[Array, ""]
-    gradient_norm: Float[Array, ""]
-    utterances: Int[Array, ""]
-    infeasible: Int[Array, ""]
-    audio_samples: Float[Array, ""]
-    skipped: Int[Array, ""]
-    skipped_in_a_row: Int[Array, ""]
+    ``loss`` is per utterance, as it is differentiated; ``utterances``, ``infeasible`` ones among them and
+    ``audio_samples`` are counts; ``skipped`` and ``skipped_in_a_row`` are those of the state after the step.
+    """
+
+    loss: PyTree
+    gradient_norm: PyTree
+    utterances: PyTree
+    infeasible: PyTree
+    audio_samples: PyTree
+    skipped: PyTree
+    skipped_in_a_row: PyTree
 
 
 def _micro_batches(batch: dict[str, Array], accumulation: int) -> dict[str, Array]:
@@ -77,23 +83,26 @@ def train_step(
     batch: dict[str, Array],
     *,
     task: Task,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     seed: int,
     accumulation: int = 1,
     spike_factor: float = 0.0,
+    head_only: bool = False,
 ) -> tuple[TrainState, StepMetrics]:
     """One optimizer step on one global batch.
 
     The loss is the sum over the batch's valid utterances divided by their number, over all devices and micro-batches.
     A step whose loss or gradient is not finite, or ``spike_factor`` times its running average, leaves parameters and
-    optimizer as they were.
+    optimizer as they were. With ``head_only`` the base model is not trained, nor its gradient computed.
     """
+    held = optimizer.held(state.params, head_only=head_only)
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     count = jnp.maximum(batch["valid"].sum(), 1)
 
     def loss_sum(params: PyTree, rows: dict[str, Array], index: Int[Array, ""]):
         streams = jax.random.split(jax.random.fold_in(key, index), len(RANDOM_STREAMS))
         rngs = {**dict(zip(RANDOM_STREAMS, streams, strict=True)), "layer_drop": key}  # one draw for all micro-batches
+        params = jax.tree.map(lambda leaf, keep: jax.lax.stop_gradient(leaf) if keep else leaf, params, held)
         results = task.results(params, rows, deterministic=False, rngs=rngs)
         return results.losses.sum() / count, results.infeasible.sum()
 
@@ -110,7 +119,7 @@ def train_step(
 
     norm = optax.global_norm(gradients)
     taken = jnp.isfinite(loss) & jnp.isfinite(norm) & ~_is_spike(state, loss, norm, spike_factor)
-    updates, moved = optimizer.update(gradients, state.optimizer, state.params)
+    updates, moved = optimizer.update(gradients, state.optimizer, state.params, head_only=head_only)
     keep = partial(jax.tree.map, lambda new, old: jnp.where(taken, new, old))
     skipped = (~taken).astype(jnp.int32)
     weight = 1 / jnp.minimum(state.step - state.skipped + 1, _AVERAGED_STEPS)

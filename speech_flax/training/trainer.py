@@ -91,7 +91,7 @@ class Trainer:
         experiment, first = self.experiment, int(state.step)
         if first >= experiment.steps:
             return state
-        self.compile_all()
+        self.compile_all(first)
         batches = self._timed(self.loaders["train"].batches(first, experiment.steps - first))
         log = self.open_log(first)
         progress = Progress(
@@ -137,28 +137,32 @@ class Trainer:
             self._save(state)
         return last
 
-    def compile_all(self) -> None:
+    def compile_all(self, first_step: int) -> None:
         """Compile the programs of every bucket before the first step.
 
         Raises:
             Stopped: when asked to stop meanwhile.
         """
+        train, head = {"training": True}, {"training": True, "head_only": True}
+        programs = {"training": train}
+        if first_step < self.programs.head_only_steps:
+            programs = {"training of the head": head, **programs}
         for name, loader in self.loaders.items():
-            training = name == "train"
-            for index, bucket in enumerate(loader.plan.buckets):
-                if loader.plan.batches_per_bucket[index] == 0:
-                    continue
-                if self.stop():
-                    raise Stopped
-                began = time.monotonic()
-                with self.clock.spending("compilation"):
-                    self.programs.compile(loader.empty_batch(index), training=training)
-                self.watchdog.alive()
-                seconds = time.monotonic() - began
-                purpose = "training" if training else "evaluation"
-                shape = f"{bucket.batch_size} x {bucket.max_seconds:g} s"
-                if seconds > 0.01:  # shapes that several splits share are compiled once
-                    say(f"compiled {purpose} on {shape} in {seconds:.1f} s")
+            for purpose, options in (programs if name == "train" else {"evaluation": {"training": False}}).items():
+                for index, bucket in enumerate(loader.plan.buckets):
+                    if loader.plan.batches_per_bucket[index]:
+                        shape = f"{bucket.batch_size} x {bucket.max_seconds:g} s"
+                        self._compile(f"{purpose} on {shape}", loader.empty_batch(index), **options)
+
+    def _compile(self, what: str, batch: Batch, **options: bool) -> None:
+        if self.stop():
+            raise Stopped
+        began = time.monotonic()
+        with self.clock.spending("compilation"):
+            self.programs.compile(batch, **options)
+        self.watchdog.alive()
+        if (seconds := time.monotonic() - began) > 0.05:  # a shape that several splits share is compiled once
+            say(f"compiled {what} in {seconds:.1f} s")
 
     def evaluate(self, params: Any, name: str) -> Evaluation:
         """Metrics on the split ``name``.
