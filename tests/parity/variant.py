@@ -44,8 +44,8 @@ TINY = {
     },
 }
 
-#: Inputs of every variant: the lengths of the items in encoder frames (None: no mask), and the padded length.
-BATCHES = {"unmasked": ((13, 13, 13), False), "masked": ((13, 9, 6), True)}
+#: Every variant runs on the same values twice: all frames valid and no mask, and the lengths of the variant.
+BATCHES = ("unmasked", "masked")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Variant:
       config: Fields that differ from the tiny configuration of the family.
       labels: ``"ctc"``, ``"classes"``, ``"frames"`` or ``None``: a fixed weighted sum of the last state is the loss.
       mask_time_indices: Whether frames are replaced by the mask embedding.
+      lengths: Valid encoder frames of each item in the masked batch; the longest is the number of frames.
       differs_in_5: Transformers 5 computes something else; the live comparison sets ``compatibility`` accordingly.
     """
 
@@ -66,11 +67,12 @@ class Variant:
     config: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     labels: str | None = None
     mask_time_indices: bool = False
+    lengths: tuple[int, ...] = (13, 9, 6)
     differs_in_5: bool = False
 
     @property
     def id(self) -> str:
-        return f"{self.model}-{self.name}".replace(" ", "-")
+        return f"{self.model}-{self.name}".replace(",", "").replace(" ", "-")
 
     @property
     def family(self) -> str:
@@ -109,9 +111,9 @@ def random_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def inputs(variant: Variant, batch: str) -> dict[str, np.ndarray]:
     """Arguments of the model, as Transformers names them; what lies in the padding is as random as the rest."""
-    lengths, masked = BATCHES[batch]
-    frames = max(lengths)
-    random, count = random_state("inputs"), len(lengths)
+    frames, count = max(variant.lengths), len(variant.lengths)
+    lengths = variant.lengths if batch == "masked" else (frames,) * count
+    random = random_state("inputs")
     if variant.family == "Wav2Vec2Bert":
         values = random.standard_normal((count, frames, variant.fields["feature_projection_input_dim"]))
         arguments, sizes = {"input_features": values.astype(np.float32)}, lengths
@@ -119,15 +121,15 @@ def inputs(variant: Variant, batch: str) -> dict[str, np.ndarray]:
         sizes = [samples_of(length, variant.fields) for length in lengths]
         values = random.standard_normal((count, max(sizes)))
         arguments = {"input_values": values.astype(np.float32)}
-    if masked:
+    if batch == "masked":
         mask = np.arange(max(sizes)) < np.array(sizes)[:, None]
         arguments["attention_mask"] = mask.astype(np.int32)
     if variant.mask_time_indices:
         arguments["mask_time_indices"] = random.uniform(size=(count, frames)) < 0.3
     if variant.labels == "ctc":
-        arguments["labels"] = np.array([[3, -100, 3, 1], [5, 2, -100, -100], [-100, 4, -100, -100]], np.int32)
+        arguments["labels"] = np.array([[3, -100, 3, 1], [5, 2, -100, -100], [-100, 4, -100, -100]], np.int32)[:count]
     elif variant.labels == "classes":
-        arguments["labels"] = np.array([2, 0, 3], np.int32)
+        arguments["labels"] = np.array([2, 0, 3], np.int32)[:count]
     elif variant.labels == "frames":
         classes = random.randint(0, variant.fields["num_labels"], (count, frames))
         arguments["labels"] = np.eye(variant.fields["num_labels"], dtype=np.float32)[classes]
