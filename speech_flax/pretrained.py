@@ -22,9 +22,9 @@ from speech_flax.configuration import CONFIG_FILE, SpeechConfig
 from speech_flax.conversion.matching import BASE_NAMES, Matching, match, nearest
 from speech_flax.conversion.safetensors_file import write_safetensors
 from speech_flax.conversion.stored_tensor import StoredTensor
-from speech_flax.conversion.transformers_directory import SAFETENSORS, WEIGHT_FILES, read_weight_file, weight_file
-from speech_flax.conversion.transformers_names import TRANSFORMERS
-from speech_flax.conversion.tree import flat, leaf_places, nested, parts, places, tensor_at
+from speech_flax.conversion.transformers_directory import SAFETENSORS, WEIGHT_FILES, read_weights, weight_file
+from speech_flax.conversion.transformers_names import TRANSFORMERS, transformers_layout
+from speech_flax.conversion.tree import flat, leaf_places, nested, parts, tensor_at
 
 logger = logging.getLogger(__name__)
 
@@ -101,9 +101,9 @@ def load_pretrained(
     config_class = typing.get_type_hints(model_class)["config"]
     config = config_class.from_pretrained(directory, **config_changes)
     module = model_class(config, dtype=jnp.dtype(dtype), **settings)
-    tensors = read_weight_file(weight_file(directory))
+    tensors, table = read_weights(weight_file(directory))
     shapes = parameter_shapes(module)
-    matching = match(tensors, TRANSFORMERS, shapes)
+    matching = match(tensors, table, shapes)
     _refuse_misfits(matching, directory)
     _name_new_parts(matching, directory)
     return module, fill(module, shapes, tensors, matching)
@@ -185,10 +185,10 @@ def fill(
         for part, (name, transform) in zip(parts(path, leaf), sources, strict=True):
             part[...] = transform.to_ours(tensors[name].read())
         leaves[path] = jnp.asarray(leaf)
-    return nested(leaves | _initial(module, new))
+    return nested(leaves | initial_leaves(module, new))
 
 
-def _initial(module: nn.Module, paths: Iterable[str]) -> dict[str, jax.Array]:
+def initial_leaves(module: nn.Module, paths: Iterable[str]) -> dict[str, jax.Array]:
     """Random values for the leaves at ``paths``; the compiler leaves out the computation of all others."""
     paths = tuple(paths)
     if not paths:
@@ -214,20 +214,12 @@ def save_pretrained(directory: str | Path, module: nn.Module, params: PyTree) ->
     fields = dict(config.additional_fields) | {"torch_dtype": json.dumps("float32")}
     fields.pop("dtype", None)  # what Transformers 5 calls torch_dtype
     dataclasses.replace(config, additional_fields=tuple(sorted(fields.items()))).save_pretrained(directory)
-    names = {}
-    for place in places(params):
-        found = TRANSFORMERS.name(place)
-        if found is None:
-            raise ValueError(f"Transformers has no parameter that corresponds to {place}")
-        names[found[0]] = place, found[1]
-    shapes = {path: leaf.shape for path, leaf in flat(params).items()}
-    layout = {}
-    for name, (place, transform) in names.items():
-        shape = shapes[place.path] if place.layer is None else shapes[place.path][1:]
-        layout[name] = transform.their_shape(shape), np.dtype(np.float32)
+    shapes = {path: tuple(leaf.shape) for path, leaf in flat(params).items()}
+    names = transformers_layout(shapes)
+    layout = {name: (shape, np.dtype(np.float32)) for name, (_, _, shape) in names.items()}
     constants = TRANSFORMERS.constants_of(names)
     layout |= {name: (value.shape, value.dtype) for name, value in constants.items()}
-    tensors = (transform.to_theirs(tensor_at(params, place)) for place, transform in names.values())
+    tensors = (transform.to_theirs(tensor_at(params, place)) for place, transform, _ in names.values())
     incomplete = directory / f".{SAFETENSORS}.incomplete"
     try:
         write_safetensors(incomplete, layout, itertools.chain(tensors, constants.values()), {"format": "pt"})

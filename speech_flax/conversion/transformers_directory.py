@@ -3,16 +3,20 @@
 import json
 from pathlib import Path
 
+from speech_flax.conversion.hdf5_file import read_hdf5
+from speech_flax.conversion.rules import NameTable
 from speech_flax.conversion.safetensors_file import read_safetensors
 from speech_flax.conversion.stored_tensor import CheckpointFileError, StoredTensor
+from speech_flax.conversion.tensorflow_names import TENSORFLOW
 from speech_flax.conversion.torch_file import read_torch_file
+from speech_flax.conversion.transformers_names import TRANSFORMERS
 
 SAFETENSORS = "model.safetensors"
 TORCH_BINARY = "pytorch_model.bin"
-TENSORFLOW = "tf_model.h5"
+TENSORFLOW_FILE = "tf_model.h5"
 _INDEX = ".index.json"
 #: What may hold the weights, the best first.
-WEIGHT_FILES = (SAFETENSORS, SAFETENSORS + _INDEX, TORCH_BINARY, TORCH_BINARY + _INDEX, TENSORFLOW)
+WEIGHT_FILES = (SAFETENSORS, SAFETENSORS + _INDEX, TORCH_BINARY, TORCH_BINARY + _INDEX, TENSORFLOW_FILE)
 
 
 def weight_file(directory: Path) -> Path:
@@ -27,16 +31,20 @@ def weight_file(directory: Path) -> Path:
     raise FileNotFoundError(f"{directory} holds no weights: none of {', '.join(WEIGHT_FILES)} is there")
 
 
-def read_weight_file(path: Path) -> dict[str, StoredTensor]:
-    """The tensors in the file at ``path`` by name, or in the shards that it lists.
+def read_weights(path: Path) -> tuple[dict[str, StoredTensor], NameTable]:
+    """The tensors in the file at ``path``, or in the shards that it lists, by name, and the rules of these names.
 
     Raises:
       CheckpointFileError: a file is damaged, or an index names files outside of its directory or tensors that are not
         where it says.
       FileNotFoundError: a shard is missing.
     """
-    if path.name.endswith(_INDEX):
-        return _read_shards(path)
+    if path.suffix == ".h5":
+        return read_hdf5(path), TENSORFLOW
+    return _read_shards(path) if path.name.endswith(_INDEX) else _read_file(path), TRANSFORMERS
+
+
+def _read_file(path: Path) -> dict[str, StoredTensor]:
     return read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
 
 
@@ -49,7 +57,7 @@ def _read_shards(index: Path) -> dict[str, StoredTensor]:
         path = index.parent / shard
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist, but {index} lists it")
-        found = read_weight_file(path)
+        found = _read_file(path)
         if set(found) != names:
             name = sorted(set(found) ^ names)[0]
             where = "is not in it" if name in names else "is in it without being listed"

@@ -10,13 +10,15 @@ from speech_flax.conversion.rules import (
     SAME,
     TRANSPOSED,
     NameTable,
+    Place,
     Rule,
+    Transform,
     convolution,
     linear,
     norm,
     pointwise,
 )
-from speech_flax.conversion.tree import parameter_tree, places, tensor_at
+from speech_flax.conversion.tree import leaf_places, parameter_tree, places, tensor_at
 
 _LAYER = "encoder.layers.{layer}"
 _DENSE = "{dense:intermediate|output}_dense"
@@ -92,6 +94,26 @@ TRANSFORMERS = NameTable(
     ),
     constants=(("batch_norm.num_batches_tracked", "batch_norm.running_var", np.zeros((), np.int64)),),
 )
+
+
+def transformers_layout(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Place, Transform, tuple[int, ...]]]:
+    """Every tensor of a file for Transformers by name: its place here, how it changes, its shape there.
+
+    Args:
+      shapes: Shape of every leaf of our parameters by path.
+
+    Raises:
+      ValueError: Transformers knows no such parameter.
+    """
+    layout = {}
+    for path, shape in shapes.items():
+        for place in leaf_places(path, shape):
+            found = TRANSFORMERS.name(place)
+            if found is None:
+                raise ValueError(f"Transformers has no parameter that corresponds to {place}")
+            name, transform = found
+            layout[name] = place, transform, transform.their_shape(shape[place.layer is not None :])
+    return layout
 
 
 def from_torch_names(state: Mapping[str, np.ndarray], table: NameTable = TRANSFORMERS) -> PyTree:

@@ -1,5 +1,7 @@
 """Our parameter trees, addressed by path, and the stacked encoder layers by number."""
 
+import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -7,7 +9,7 @@ import flax.traverse_util
 import numpy as np
 from jaxtyping import PyTree
 
-from speech_flax.conversion.rules import Place
+from speech_flax.conversion.rules import SAME, NameTable, Place, Transform
 
 #: Leaves below this module stack one tensor per encoder layer.
 STACKED = "encoder/layers/"
@@ -77,3 +79,18 @@ def parameter_tree(tensors: Mapping[Place, np.ndarray]) -> PyTree:
             raise ValueError(f"{path} has tensors of different shapes in different encoder layers")
         leaves[path] = np.stack([found[layer] for layer in range(count)])
     return nested(leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class OurNames(NameTable):
+    """The table of our own names: what :class:`Place` is printed as."""
+
+    def place(self, name: str) -> tuple[Place, Transform]:
+        path, layer = re.fullmatch(r"(.*?)(?:\[(\d+)\])?", name, re.DOTALL).groups()
+        return Place(path, None if layer is None else int(layer)), SAME
+
+    def name(self, place: Place) -> tuple[str, Transform]:
+        return str(place), SAME
+
+
+OURS = OurNames(rules=())
