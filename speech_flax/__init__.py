@@ -16,7 +16,9 @@ _HOMES = {
     "Wav2Vec2BertForAudioFrameClassification": "models.wav2vec2_bert_heads",
     "Wav2Vec2BertForXVector": "models.wav2vec2_bert_heads",
     "SeamlessM4TFeatureExtractor": "audio.feature_extraction",
+    "Wav2Vec2FeatureExtractor": "audio.waveform_extraction",
     "Wav2Vec2CTCTokenizer": "text.tokenizer",
+    "Wav2Vec2Processor": "processing",
     "Wav2Vec2BertProcessor": "processing",
     "ctc_loss": "losses",
 }

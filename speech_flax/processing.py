@@ -1,13 +1,15 @@
 """Processors: a feature extractor and a tokenizer in one, as Transformers names them."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from speech_flax.audio.feature_extraction import BatchFeature, SeamlessM4TFeatureExtractor
+from speech_flax.audio.feature_extraction import SeamlessM4TFeatureExtractor
+from speech_flax.audio.features import BatchFeature, FeatureExtractor
+from speech_flax.audio.waveform_extraction import Wav2Vec2FeatureExtractor
 from speech_flax.text.tokenizer import Wav2Vec2CTCTokenizer, Wav2Vec2CTCTokenizerOutput
 
 
-class Wav2Vec2BertProcessor:
+class Processor:
     """Audio to features, text to labels, and frame-wise ids back to text.
 
     Args:
@@ -15,7 +17,9 @@ class Wav2Vec2BertProcessor:
         tokenizer: For text.
     """
 
-    def __init__(self, feature_extractor: SeamlessM4TFeatureExtractor, tokenizer: Wav2Vec2CTCTokenizer):
+    feature_extractor_class: ClassVar[type[FeatureExtractor]]
+
+    def __init__(self, feature_extractor: FeatureExtractor, tokenizer: Wav2Vec2CTCTokenizer):
         self.feature_extractor = feature_extractor
         self.tokenizer = tokenizer
 
@@ -25,7 +29,7 @@ class Wav2Vec2BertProcessor:
         """Features of ``audio``, ids of ``text``, or features with ``labels`` when both are given.
 
         Args:
-            audio: See :class:`~speech_flax.SeamlessM4TFeatureExtractor`.
+            audio: See the feature extractor.
             text: One text or several.
             return_tensors: ``"np"``, ``"jax"``, or ``None`` for lists.
             options: For the feature extractor (``sampling_rate``, ``padding``, ...) and the tokenizer (``padding``).
@@ -74,14 +78,14 @@ class Wav2Vec2BertProcessor:
         return self.tokenizer.batch_decode(sequences, **options)
 
     @classmethod
-    def from_pretrained(cls, directory_or_hub_id: str | Path) -> "Wav2Vec2BertProcessor":
+    def from_pretrained(cls, directory_or_hub_id: str | Path) -> "Processor":
         """The processor in a directory or on the hub.
 
         Raises:
             FileNotFoundError: when a file is missing.
         """
         return cls(
-            SeamlessM4TFeatureExtractor.from_pretrained(directory_or_hub_id),
+            cls.feature_extractor_class.from_pretrained(directory_or_hub_id),
             Wav2Vec2CTCTokenizer.from_pretrained(directory_or_hub_id),
         )
 
@@ -89,3 +93,15 @@ class Wav2Vec2BertProcessor:
         """Write the files of both, as Transformers reads them."""
         self.feature_extractor.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
+
+
+class Wav2Vec2BertProcessor(Processor):
+    """The processor of Wav2Vec2-BERT; see :class:`~speech_flax.SeamlessM4TFeatureExtractor`."""
+
+    feature_extractor_class = SeamlessM4TFeatureExtractor
+
+
+class Wav2Vec2Processor(Processor):
+    """The processor of HuBERT; see :class:`~speech_flax.Wav2Vec2FeatureExtractor`."""
+
+    feature_extractor_class = Wav2Vec2FeatureExtractor

@@ -1,33 +1,21 @@
 """The feature extractor of Wav2Vec2-BERT, with the interface and the file of Transformers."""
 
-import json
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from speech_flax.audio.features import BatchFeature, FeatureExtractor, as_arrays
 from speech_flax.audio.log_mel import log_mel, num_log_mel_frames
 
-CONFIG_FILE = "preprocessor_config.json"
 #: Waveforms are padded to a multiple of this for the computation, so that few shapes are compiled (samples).
 _ROUNDING = 16_000
 
 logger = logging.getLogger(__name__)
 
 
-class BatchFeature(dict):
-    """Arrays by name, also as attributes; ``model.apply(variables, **features)`` takes it."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-
-class SeamlessM4TFeatureExtractor:
+class SeamlessM4TFeatureExtractor(FeatureExtractor):
     """Waveforms to stacked, normalised log-mel frames (:func:`~speech_flax.audio.log_mel.log_mel`).
 
     Args:
@@ -102,7 +90,7 @@ class SeamlessM4TFeatureExtractor:
         output = BatchFeature(input_features=features)
         if return_attention_mask:
             output["attention_mask"] = masks
-        return output if return_tensors is None else _as_arrays(output, return_tensors)
+        return output if return_tensors is None else as_arrays(output, return_tensors)
 
     def pad(
         self, features: Sequence[dict[str, Any]] | dict[str, Any], return_tensors: str | None = "np", **_: Any
@@ -123,7 +111,7 @@ class SeamlessM4TFeatureExtractor:
         output = BatchFeature(
             input_features=[vectors for vectors, _ in padded], attention_mask=[mask for _, mask in padded]
         )
-        return output if return_tensors is None else _as_arrays(output, return_tensors)
+        return output if return_tensors is None else as_arrays(output, return_tensors)
 
     def _extract(self, waveform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Vectors of one waveform, and their mask; the last vector may be filled in part and masked."""
@@ -163,20 +151,6 @@ class SeamlessM4TFeatureExtractor:
             for features, mask in pairs
         ]
 
-    @classmethod
-    def from_pretrained(cls, directory_or_hub_id: str | Path, **changes: Any) -> "SeamlessM4TFeatureExtractor":
-        """The extractor that ``preprocessor_config.json`` in a directory or on the hub describes.
-
-        Raises:
-            FileNotFoundError: when there is no such file.
-        """
-        from speech_flax.pretrained import pretrained_directory
-
-        path = pretrained_directory(directory_or_hub_id) / CONFIG_FILE
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist: {directory_or_hub_id} holds no feature extractor")
-        return cls(**(json.loads(path.read_text(encoding="utf-8")) | changes))
-
     def to_dict(self) -> dict[str, Any]:
         """The content of ``preprocessor_config.json``."""
         return {
@@ -192,12 +166,6 @@ class SeamlessM4TFeatureExtractor:
             "stride": self.stride,
         }
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write ``preprocessor_config.json`` into ``directory``, which is made if it does not exist."""
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
-        (Path(directory) / CONFIG_FILE).write_text(text, encoding="utf-8")
-
 
 def _waveforms(raw_speech: Any) -> list[np.ndarray]:
     """One mono float32 waveform per utterance."""
@@ -209,17 +177,3 @@ def _waveforms(raw_speech: Any) -> list[np.ndarray]:
             raise ValueError(f"audio has {array.ndim} axes; at most batch, channels and samples make sense")
         waveforms = [array] if array.ndim == 1 else list(array)
     return [waveform[0] if waveform.ndim > 1 else waveform for waveform in waveforms]
-
-
-def _as_arrays(features: BatchFeature, kind: str) -> BatchFeature:
-    if kind not in ("np", "jax"):
-        raise ValueError(f"return_tensors must be 'np' or 'jax', not {kind!r}")
-    lengths = {len(one) for one in features["input_features"]}
-    if len(lengths) > 1:
-        raise ValueError(f"utterances of {min(lengths)} to {max(lengths)} frames make no array; pad them")
-    arrays = BatchFeature({name: np.stack(values) for name, values in features.items()})
-    if kind == "jax":
-        import jax.numpy as jnp
-
-        arrays = BatchFeature({name: jnp.asarray(values) for name, values in arrays.items()})
-    return arrays
