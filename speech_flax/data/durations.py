@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import tempfile
+import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -84,7 +85,7 @@ def _read_cache(path: Path | None) -> dict[int, float]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return dict(zip(arrays["keys"].tolist(), arrays["seconds"].tolist(), strict=True))
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         logger.warning("%s is damaged (%s); durations are read again", path, error)
         return {}
 

@@ -119,6 +119,7 @@ class BatchLoader:
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
         dataset = steps.to_iter_dataset(options)
         if self._num_processes:
+            _let_grain_read_its_flags()
             workers = grain.MultiprocessingOptions(num_workers=self._num_processes, per_worker_buffer_size=2)
             dataset = dataset.mp_prefetch(workers)
         iterator = iter(dataset)
@@ -126,6 +127,14 @@ class BatchLoader:
             yield from iterator
         finally:
             iterator.close()
+
+
+def _let_grain_read_its_flags() -> None:
+    """Grain's worker processes read absl flags, which only programs that run under ``absl.app`` have parsed."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
 
 
 def load_batches(

@@ -1,0 +1,212 @@
+"""Tables of utterances in every form that users have them in, and what is said about broken ones."""
+
+import json
+import re
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import soundfile
+
+from speech_flax.audio.decoding import load_audio
+from speech_flax.data.sources import DataSource, open_source
+from speech_flax.data.tables import SourceError, read_table
+
+TEXTS = ["one two", "drei vier", "five, six"]
+
+
+@pytest.fixture(scope="module")
+def audio(tmp_path_factory) -> Path:
+    """A directory with ``0.wav``, ``1.wav``, ``2.wav`` of 0.1, 0.2 and 0.3 s, each of another constant level."""
+    directory = tmp_path_factory.mktemp("audio")
+    for index in range(3):
+        level = np.full(1600 * (index + 1), 2.0 ** -(index + 1), np.float32)
+        soundfile.write(directory / f"{index}.wav", level, 16_000, subtype="PCM_16")
+    return directory
+
+
+def records(audio: Path) -> list[dict[str, str]]:
+    return [{"audio": str(audio / f"{index}.wav"), "text": text} for index, text in enumerate(TEXTS)]
+
+
+def csv_text(rows: list[dict[str, str]], separator: str = ",") -> str:
+    quoted = (lambda value: f'"{value}"') if separator == "," else str
+    lines = [separator.join(rows[0]), *(separator.join(quoted(value) for value in row.values()) for row in rows)]
+    return "\n".join(lines) + "\n"
+
+
+def write_csv(audio: Path, directory: Path) -> Path:
+    (directory / "table.csv").write_text(csv_text(records(audio)))
+    return directory / "table.csv"
+
+
+def write_tsv(audio: Path, directory: Path) -> Path:
+    (directory / "table.tsv").write_text(csv_text(records(audio), "\t"))
+    return directory / "table.tsv"
+
+
+def write_json_lines(audio: Path, directory: Path) -> Path:
+    (directory / "table.jsonl").write_text("\n".join(json.dumps(row) for row in records(audio)) + "\n\n")
+    return directory / "table.jsonl"
+
+
+def write_json_list(audio: Path, directory: Path) -> Path:
+    (directory / "table.json").write_text(json.dumps(records(audio), indent=1))
+    return directory / "table.json"
+
+
+def embedded(audio: Path) -> dict[str, list]:
+    return {
+        "audio": [{"bytes": (audio / f"{i}.wav").read_bytes(), "path": f"{i}.wav"} for i in range(3)],
+        "text": TEXTS,
+    }
+
+
+def write_parquet_of_structs(audio: Path, directory: Path) -> Path:
+    pyarrow.parquet.write_table(pyarrow.table(embedded(audio)), directory / "table.parquet")
+    return directory / "table.parquet"
+
+
+def write_parquet_of_audio(audio: Path, directory: Path) -> Path:
+    """As on the hub: the same bytes, and metadata that call the column an Audio feature."""
+    features = {"audio": {"sampling_rate": 16_000, "_type": "Audio"}, "text": {"dtype": "string", "_type": "Value"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    table = pyarrow.table(embedded(audio)).replace_schema_metadata(metadata)
+    pyarrow.parquet.write_table(table, directory / "table.parquet")
+    return directory / "table.parquet"
+
+
+def write_parquet_of_paths(audio: Path, directory: Path) -> Path:
+    rows = records(audio)
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), directory / "table.parquet")
+    return directory / "table.parquet"
+
+
+def write_arrow(audio: Path, directory: Path) -> Path:
+    table = pyarrow.table(embedded(audio))
+    with pyarrow.ipc.new_stream(str(directory / "table.arrow"), table.schema) as stream:
+        stream.write_table(table)
+    return directory / "table.arrow"
+
+
+def write_saved(audio: Path, directory: Path) -> Path:
+    datasets.Dataset.from_list(records(audio)).save_to_disk(directory / "saved")
+    return directory / "saved"
+
+
+def write_saved_splits(audio: Path, directory: Path) -> Path:
+    splits = {"train": datasets.Dataset.from_list(records(audio)), "test": datasets.Dataset.from_list(records(audio))}
+    datasets.DatasetDict(splits).save_to_disk(directory / "saved")
+    return directory / "saved"
+
+
+def write_folder(audio: Path, directory: Path) -> Path:
+    """``metadata.csv`` with paths relative to it, and a column that names the split."""
+    rows = [{"file_name": f"clips/{i}.wav", "transcription": text, "split": "train"} for i, text in enumerate(TEXTS)]
+    rows.append({"file_name": "clips/0.wav", "transcription": "for the test", "split": "test"})
+    (directory / "metadata.csv").write_text(csv_text(rows))
+    (directory / "clips").symlink_to(audio)
+    return directory
+
+
+def write_folder_per_split(audio: Path, directory: Path) -> Path:
+    for split in ("train", "test"):
+        (directory / split).mkdir()
+        rows = [{"file_name": f"clips/{i}.wav", "text": text} for i, text in enumerate(TEXTS)]
+        (directory / split / "metadata.csv").write_text(csv_text(rows))
+        (directory / split / "clips").symlink_to(audio)
+    return directory
+
+
+def write_shards(audio: Path, directory: Path) -> Path:
+    (directory / "data").mkdir()
+    columns = embedded(audio)
+    for shard, rows in enumerate((slice(0, 2), slice(2, 3))):
+        part = pyarrow.table({name: values[rows] for name, values in columns.items()})
+        pyarrow.parquet.write_table(part, directory / "data" / f"train-{shard:05d}-of-00002.parquet")
+    return directory
+
+
+WRITERS = [value for name, value in globals().items() if name.startswith("write_")]
+
+
+@pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__.removeprefix("write_"))
+def test_every_form_of_a_table_gives_the_same_utterances(write, audio, tmp_path):
+    utterances = open_source(DataSource(str(write(audio, tmp_path))))
+    assert list(utterances.texts()) == TEXTS
+    np.testing.assert_allclose(utterances.durations(), [0.1, 0.2, 0.3])
+    for index in range(3):
+        np.testing.assert_array_equal(utterances.waveform(index), load_audio(audio / f"{index}.wav"))
+    assert len(set(utterances.ids())) == 3
+
+
+def test_a_split_is_a_column_a_folder_or_a_part_of_a_saved_data_set(audio, tmp_path):
+    for write in (write_folder, write_folder_per_split, write_saved_splits):
+        directory = tmp_path / write.__name__
+        directory.mkdir()
+        path = str(write(audio, directory))
+        assert open_source(DataSource(path, split="test")).texts()[0] in ("for the test", TEXTS[0])
+        with pytest.raises(SourceError, match="'dev'"):
+            read_table(path, "dev")
+
+
+def test_values_that_look_like_numbers_or_nulls_stay_text(audio, tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text(f"audio,text\n{audio}/0.wav,null\n{audio}/1.wav,1e5\n{audio}/2.wav,007\n")
+    assert list(open_source(DataSource(str(path))).texts()) == ["null", "1e5", "007"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.csv", "audio,text\na.wav,one\nb.wav,two,three\n", "line 3, has 3 fields, but the header has 2"),
+        ("t.csv", 'audio,text\na.wav,"one\nb.wav,two\n', "line 3"),
+        ("t.tsv", "audio\ttext\na.wav\n", "line 2, has 1 fields"),
+        ("t.csv", "", "is empty; its first line must name the columns"),
+        ("t.csv", "audio,text\n", "has no rows"),
+        ("t.csv", "audio,text,text\na,b,c\n", "names a column twice"),
+        ("t.jsonl", '{"audio": "a.wav", "text": "one"}\n{"audio": oops}\n', "line 2, is not JSON"),
+        ("t.json", '[\n{"audio": "a.wav"},\n{"audio": oops}]', "line 3, is not JSON"),
+        ("t.jsonl", '{"audio": "a.wav", "text": "one"}\n[1, 2]\n', "record 2 is no JSON object"),
+        ("t.jsonl", '{"audio": "a", "text": "x"}\n{"audio": {"a": 1}, "text": "y"}\n', "mixes types"),
+        ("t.csv", b"audio,text\na.wav,caf\xe9\n", "is not UTF-8 text"),
+        ("t.txt", "audio,text\n", "is no manifest: expected .csv"),
+        ("t.parquet", b"PAR1 but not really", "cannot read split"),
+    ],
+)
+def test_a_malformed_table_is_refused_with_its_name_and_line(name, content, message, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SourceError, match=re.escape(message)) as raised:
+        read_table(str(path), "train")
+    assert name in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_missing_table_is_named():
+    with pytest.raises(SourceError, match=r"'no/such/table\.csv' is neither a file nor a directory"):
+        read_table("no/such/table.csv", "train")
+
+
+def test_a_missing_column_is_refused_with_the_nearest_one(audio, tmp_path):
+    path = str(write_csv(audio, tmp_path))
+    with pytest.raises(SourceError, match=r"no column 'tekst' but 'audio', 'text'; did you mean 'text'\?"):
+        open_source(DataSource(path, text_column="tekst"))
+    with pytest.raises(SourceError, match=r"no column 'speaker'.*set id_column to one of them"):
+        open_source(DataSource(path, id_column="speaker"))
+    (tmp_path / "other.csv").write_text("recording,words\na.wav,one\n")
+    with pytest.raises(SourceError, match=r"no column 'audio' or 'file_name' .*set audio_column to one of them"):
+        open_source(DataSource(str(tmp_path / "other.csv")))
+
+
+def test_columns_of_the_wrong_type_are_refused(tmp_path):
+    (tmp_path / "numbers.jsonl").write_text('{"audio": "a.wav", "text": 5}\n')
+    with pytest.raises(SourceError, match="holds int values such as 5, not text"):
+        open_source(DataSource(str(tmp_path / "numbers.jsonl")))
+    (tmp_path / "audio.jsonl").write_text('{"audio": 5, "text": "one"}\n')
+    with pytest.raises(SourceError, match="holds int64, not paths or audio files"):
+        open_source(DataSource(str(tmp_path / "audio.jsonl")))
