@@ -9,6 +9,8 @@ from typing import Any
 _HOMES = {
     "HubertConfig": "configuration",
     "AutoModel": "pretrained",
+    "HubertModel": "models.hubert",
+    "HubertForCTC": "models.hubert",
     "Wav2Vec2BertConfig": "configuration",
     "Wav2Vec2BertModel": "models.wav2vec2_bert",
     "Wav2Vec2BertForCTC": "models.wav2vec2_bert",

@@ -22,6 +22,19 @@ class ModelOutput:
 
 
 @flax.struct.dataclass
+class BaseModelOutput(ModelOutput):
+    """Output of :class:`~speech_flax.HubertModel`.
+
+    ``hidden_states`` holds the input of every layer and the output of the last one; ``attentions`` the attention
+    probabilities of every layer.
+    """
+
+    last_hidden_state: Float[Array, "batch frames hidden"]
+    hidden_states: HiddenStates | None = None
+    attentions: Attentions | None = None
+
+
+@flax.struct.dataclass
 class Wav2Vec2BaseModelOutput(ModelOutput):
     """Output of :class:`~speech_flax.Wav2Vec2BertModel`.
 

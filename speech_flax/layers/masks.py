@@ -1,10 +1,15 @@
 """Which frames count, before and after sub-sampling."""
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int, Shaped
 
-from speech_flax.configuration import Wav2Vec2BertConfig
+from speech_flax.configuration import HubertConfig, Wav2Vec2BertConfig
+
+Lengths = TypeVar("Lengths", int, np.ndarray, Array)
 
 
 def adapter_output_lengths(lengths: Int[Array, "batch"], config: Wav2Vec2BertConfig) -> Int[Array, "batch"]:
@@ -37,3 +42,34 @@ def as_bool_mask(
     if attention_mask is None:
         return jnp.ones((batch, num_frames), bool)
     return jax.numpy.asarray(attention_mask).astype(bool)
+
+
+def convolution_output_lengths(lengths: Lengths, config: HubertConfig, layers: int | None = None) -> Lengths:
+    """Frames that the first ``layers`` convolutions (default: all) make of ``lengths`` samples.
+
+    0 or less for fewer samples than the convolutions are wide.
+    """
+    for kernel, stride in list(zip(config.conv_kernel, config.conv_stride, strict=True))[:layers]:
+        lengths = (lengths - kernel) // stride + 1
+    return lengths
+
+
+def feature_frame_mask(sample_mask: Bool[Array, "batch samples"], config: HubertConfig) -> Bool[Array, "batch frames"]:
+    """Which frames of the feature encoder count, for samples of which those on the left count.
+
+    Those whose samples all count. ``config.compatibility`` decides the details:
+
+    * Transformers takes all frames of an utterance that is too short for a single one (or all but the last few, if it
+      is even shorter than the first convolution); the corrected behaviour takes none.
+    * fairseq divides the samples into as many equal chunks as there are frames, and takes a frame if any sample of its
+      chunk counts: up to one frame more.
+    """
+    num_samples = sample_mask.shape[1]
+    num_frames = convolution_output_lengths(num_samples, config)
+    samples = sample_mask.sum(-1).astype(jnp.int32)
+    if config.compatibility == "fairseq":
+        return jnp.arange(num_frames) * (num_samples // num_frames) < samples[:, None]
+    lengths = convolution_output_lengths(samples, config)
+    if config.compatibility != "corrected":
+        lengths = jnp.where(lengths < 1, lengths + num_frames, lengths)  # the reference counts from the end
+    return length_mask(lengths, num_frames)

@@ -38,8 +38,7 @@ def loss_of_labels(
     if not isinstance(labels, jax.core.Tracer) and np.max(labels, initial=-1) >= config.vocab_size:
         raise ValueError(f"labels must be below vocab_size {config.vocab_size}; one is {np.max(labels)}")
     compact, label_lengths = compact_labels(jnp.asarray(labels), jnp.asarray(counted_labels(labels, config)))
-    frames = jnp.maximum(logit_lengths, 0)  # an utterance shorter than the first convolution has a negative length
-    losses, feasible = ctc_loss(logits, frames, compact, label_lengths, blank_id=config.pad_token_id)
+    losses, feasible = ctc_loss(logits, logit_lengths, compact, label_lengths, blank_id=config.pad_token_id)
     loss = reduce_ctc(
         losses, feasible, label_lengths, reduction=config.ctc_loss_reduction, zero_infinity=config.ctc_zero_infinity
     )
