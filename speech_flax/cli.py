@@ -85,21 +85,27 @@ def _transcribe(arguments: Sequence[str]) -> int:
     from tqdm import tqdm
 
     from speech_flax import Wav2Vec2BertForCTC, Wav2Vec2BertProcessor
-    from speech_flax.transcription import Transcriber, transcribe_files
+    from speech_flax.audio.decoding import AudioError, load_audio
+    from speech_flax.transcription import Transcriber
 
     processor = Wav2Vec2BertProcessor.from_pretrained(options.model)
     model, params = Wav2Vec2BertForCTC.from_pretrained(options.model, dtype=options.dtype)
     transcriber = Transcriber(
         model, params, processor, chunk_seconds=options.chunk_seconds, margin_seconds=options.margin_seconds
     )
-    files = tqdm(options.files, unit="file", disable=None, leave=False)
-    for path, transcript in transcribe_files(transcriber, files):
+    unreadable = 0
+    for file in tqdm(options.files, unit="file", disable=None, leave=False):
+        try:
+            transcript = transcriber(load_audio(file))
+        except AudioError as error:
+            unreadable += 1
+            tqdm.write(f"error: {error}", file=sys.stderr)
+            continue
         if options.json:
-            tqdm.write(json.dumps({"file": str(path), **dataclasses.asdict(transcript)}, ensure_ascii=False))
+            tqdm.write(json.dumps({"file": file, **dataclasses.asdict(transcript)}, ensure_ascii=False))
         else:
-            prefix = f"{path}: " if len(options.files) > 1 else ""
-            tqdm.write(prefix + transcript.text)
-    return 0
+            tqdm.write(f"{file}: {transcript.text}" if len(options.files) > 1 else transcript.text)
+    return 1 if unreadable else 0
 
 
 def _evaluate(arguments: Sequence[str]) -> int:

@@ -1,9 +1,8 @@
 """Audio files to text: long recordings are cut into overlapping chunks and joined again."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -11,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, PyTree
 
-from speech_flax.audio.decoding import load_audio
 from speech_flax.layers.masks import adapter_output_lengths
 from speech_flax.processing import Wav2Vec2BertProcessor
 
@@ -42,6 +40,9 @@ class Transcriber:
     A recording longer than ``chunk_seconds`` is read in chunks of that length. Of two neighbours, which overlap by
     twice ``margin_seconds``, each contributes the frames up to the middle of the overlap: every frame but those at the
     two ends of the recording is predicted with at least ``margin_seconds`` of context on either side.
+
+    Raises:
+        ValueError: when the margins leave nothing of a chunk.
     """
 
     def __init__(
@@ -53,17 +54,17 @@ class Transcriber:
         chunk_seconds: float = 30.0,
         margin_seconds: float = 4.0,
     ):
-        if not 0 <= 2 * margin_seconds < chunk_seconds:
-            raise ValueError(
-                f"margins of {margin_seconds:g} s on both sides leave nothing of a chunk of {chunk_seconds:g} s; "
-                "make the chunk longer than twice the margin"
-            )
         self.processor = processor
         extractor, config = processor.feature_extractor, model.config
         self._input_frame = extractor.stride * 0.01  # seconds: log-mel frames are 10 ms apart
         self._ratio = config.adapter_stride**config.num_adapter_layers if config.add_adapter else 1
         self._chunk = self._whole_frames(chunk_seconds)
         self._margin = self._whole_frames(margin_seconds)
+        if not 0 <= 2 * self._margin < self._chunk:
+            raise ValueError(
+                f"margins of {margin_seconds:g} s on both sides leave nothing of a chunk of {chunk_seconds:g} s; "
+                "make the chunk longer than twice the margin"
+            )
         self._config = config
         self._predict = partial(jax.jit(_frame_labels, static_argnames="model"), model=model, params=params)
 
@@ -116,13 +117,3 @@ class Transcriber:
 
 def _frame_labels(model: nn.Module, params: PyTree, features: jax.Array, attention_mask: jax.Array) -> jax.Array:
     return model.apply({"params": params}, features, attention_mask).logits.argmax(-1)
-
-
-def transcribe_files(transcriber: Transcriber, paths: Iterable[str | Path]) -> Iterator[tuple[Path, Transcript]]:
-    """Decode and transcribe each file in turn.
-
-    Raises:
-        AudioError: for a file that cannot be read, naming it and the cause.
-    """
-    for path in map(Path, paths):
-        yield path, transcriber(load_audio(path))
