@@ -1,11 +1,13 @@
 """From waveforms to what a model takes, on the device and inside the step."""
 
 import dataclasses
+from functools import partial
 
 from jaxtyping import Array, Bool, Float, Int
 
 from speech_flax.audio.feature_extraction import SeamlessM4TFeatureExtractor
 from speech_flax.audio.log_mel import log_mel
+from speech_flax.layers.sharding import map_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +27,5 @@ class LogMelFrontEnd:
         self, waveforms: Float[Array, "batch samples"], sample_lengths: Int[Array, "batch"]
     ) -> tuple[Float[Array, "batch frames features"], Bool[Array, "batch frames"]]:
         """Features, and which of their frames are audio."""
-        return log_mel(
-            waveforms,
-            sample_lengths,
-            num_mel_bins=self.num_mel_bins,
-            stride=self.stride,
-            padding_value=self.padding_value,
-        )
+        settings = dataclasses.asdict(self)
+        return map_rows(partial(log_mel, **settings), waveforms, sample_lengths)
