@@ -3,11 +3,16 @@
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from speech_flax.conversion.convert import ConversionError, Plan, convert, plan
+import numpy as np
+
+from speech_flax.conversion.convert import ConversionError, Plan, convert, parameters, plan
+from speech_flax.conversion.published import PUBLISHED
 from speech_flax.conversion.source import open_source
+from speech_flax.conversion.transformers_names import TRANSFORMERS
 from speech_flax.pretrained import pretrained_directory
 
 _DESCRIPTION = """\
@@ -34,6 +39,37 @@ def parser() -> argparse.ArgumentParser:
         "the parameters alone.",
     )
     options.add_argument("--base", metavar="MODEL", help="The model below a head of s3prl: file, directory or hub id.")
+    evidence = options.add_argument_group("evidence")
+    evidence.add_argument(
+        "--check",
+        action="store_true",
+        help="Run the model beside PyTorch's on the same audio and compare inputs, every hidden state, outputs, "
+        "transcript and CTC loss. The exit code is 1 if they differ by more than the tolerance, which is printed.",
+    )
+    evidence.add_argument("--gradients", action="store_true", help="Compare the gradient of every parameter too.")
+    evidence.add_argument(
+        "--write-reference", metavar="FILE", help="Keep what PyTorch computes, to compare on a machine without it."
+    )
+    evidence.add_argument("--reference", metavar="FILE", help="Compare with such a file instead of running PyTorch.")
+    evidence.add_argument("--audio", metavar="FILE", nargs="+", help="Recordings to compare on; else synthetic ones.")
+    evidence.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="Computation type of our side."
+    )
+    evidence.add_argument(
+        "--precision",
+        choices=("highest", "default"),
+        default="highest",
+        help="Matrix products of float32: as precise as float32, or as the accelerator does them by default.",
+    )
+    evidence.add_argument(
+        "--report", metavar="DIRECTORY", help="Where parity.json and parity.png go; default DESTINATION/parity."
+    )
+    evidence.add_argument(
+        "--check-published", choices=tuple(PUBLISHED), help="Compare with the numbers that the model's makers give."
+    )
+    evidence.add_argument(
+        "--published-files", metavar="DIRECTORY", help="Recordings and features of fairseq's own tests."
+    )
     return options
 
 
@@ -51,7 +87,12 @@ def main(arguments: Sequence[str]) -> int:
     if options.destination is not None:
         convert(planned, Path(options.destination), options.to)
         print(f"written: {options.destination}")
-    return 0
+    passed = True
+    if options.check or options.reference or options.write_reference:
+        passed &= _check(planned, options)
+    if options.check_published:
+        passed &= _check_published(planned, options)
+    return 0 if passed else 1
 
 
 def _local(name: str) -> Path:
@@ -71,3 +112,67 @@ def _describe(planned: Plan) -> None:
                 print(f"  {name}: {json.dumps(value)}")
     for remark in planned.remarks:
         print(f"note: {remark}")
+
+
+def _check(planned: Plan, options: argparse.Namespace) -> bool:
+    """Make or open the reference, compare what was written (or the source) with it, and report."""
+    from speech_flax.conversion.evidence import check
+    from speech_flax.conversion.reference import read_reference
+
+    checked = planned if options.destination is None else plan(open_source(Path(options.destination)))
+    with tempfile.TemporaryDirectory() as aside:
+        if options.reference:
+            file = Path(options.reference)
+        else:
+            file = Path(options.write_reference or Path(aside) / "reference.safetensors")
+            _write_reference(planned, options, file, Path(aside) / "model")
+            if options.write_reference:
+                print(f"written: {file}")
+            if not options.check:
+                return True
+        evidence = check(
+            checked.module,
+            parameters(checked, np.dtype(np.float32)),
+            read_reference(file),
+            directory=checked.source.path,
+            dtype=options.dtype,
+            precision=options.precision,
+            gradients=options.gradients,
+        )
+    print("\n".join(evidence.lines()))
+    if options.report or options.destination:
+        report = Path(options.report or Path(options.destination) / "parity")
+        evidence.save(report)
+        print(f"written: {report}/parity.json, {report}/parity.png")
+    return evidence.passed
+
+
+def _write_reference(planned: Plan, options: argparse.Namespace, file: Path, aside: Path) -> None:
+    """Run Transformers on the source itself where it can read it, else on what was converted from it."""
+    from speech_flax.audio.decoding import load_audio
+    from speech_flax.conversion.reference import example_waveforms, write_reference
+
+    waveforms = [load_audio(audio) for audio in options.audio] if options.audio else example_waveforms()
+    directory = planned.source.path
+    if not planned.source.format.startswith("Transformers directory") or planned.source.table is not TRANSFORMERS:
+        if options.destination is not None and options.to == "torch":
+            directory = Path(options.destination)
+        else:
+            convert(planned, aside)
+            directory = aside
+        print("note: Transformers cannot read this source; its side runs on the converted weights")
+    write_reference(file, directory, planned.config, waveforms, gradients=options.gradients)
+
+
+def _check_published(planned: Plan, options: argparse.Namespace) -> bool:
+    from speech_flax.conversion.published import check_published
+
+    example = PUBLISHED[options.check_published]
+    files = None if options.published_files is None else Path(options.published_files)
+    directory = planned.source.path if planned.source.path.is_dir() else planned.source.path.parent
+    params = parameters(planned, np.dtype(np.float32))
+    comparisons = check_published(example, planned.module, params, directory, files)
+    for one in comparisons:
+        sign = "same" if one.passed else "DIFFERENT"
+        print(f"{one.name}: {one.ours!r}, published {one.published!r} ({example.source}): {sign}")
+    return all(one.passed for one in comparisons)

@@ -260,16 +260,18 @@ def _with_progress(items: Iterable, layout: Mapping[str, tuple[Sequence[int], np
 
 
 def _write_orbax(plan: Plan, directory: Path) -> None:
-    write_orbax_directory(directory, _parameters(plan))
+    write_orbax_directory(directory, parameters(plan))
 
 
-def _parameters(plan: Plan) -> PyTree:
-    """The whole tree, in the types of the source."""
+def parameters(plan: Plan, dtype: np.dtype | None = None) -> PyTree:
+    """The whole tree on the host, in ``dtype`` or else in the types of the source."""
     new = _new_leaves(plan)
-    layout = {path: (shape, _dtype(plan, next(leaf_places(path, shape)))) for path, shape in plan.shapes.items()}
+    layout = {
+        path: (shape, dtype or _dtype(plan, next(leaf_places(path, shape)))) for path, shape in plan.shapes.items()
+    }
     leaves = {}
-    for path, (shape, dtype) in _with_progress(layout.items(), layout, len(layout)):
-        leaves[path] = np.empty(shape, dtype)
+    for path, (shape, stored) in _with_progress(layout.items(), layout, len(layout)):
+        leaves[path] = np.empty(shape, stored)
         for place, part in zip(leaf_places(path, shape), parts(path, leaves[path]), strict=True):
             part[...] = _read(plan, place, new)
     return nested(leaves)

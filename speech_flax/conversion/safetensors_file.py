@@ -62,6 +62,16 @@ def read_safetensors(path: str | Path) -> dict[str, StoredTensor]:
     return {name: tensors[name] for _, _, name in ranges}
 
 
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The text that the writer of a file put into its header.
+
+    Raises:
+      CheckpointFileError: see :func:`read_safetensors`.
+    """
+    metadata = _read_header(Path(path))[0].get(_METADATA, {})
+    return metadata if isinstance(metadata, dict) else {}
+
+
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     """The header, and the position of the first tensor."""
     with path.open("rb") as file:
