@@ -66,10 +66,6 @@ MODELS = {
     "hubert usual": ("HubertModel", {**HUBERT, "hidden_size": 128, "num_hidden_layers": 1}),
     "hubert adapters ctc": ("HubertForCTC", {**HUBERT, **LARGE, "adapter_attn_dim": 5}),
     "hubert batch norm": ("HubertModel", {**HUBERT, "conv_pos_batch_norm": True}),
-    "hubert sequence": (
-        "HubertForSequenceClassification",
-        {**HUBERT, "use_weighted_layer_sum": True, "num_labels": 4},
-    ),
 }
 
 

@@ -166,7 +166,7 @@ def _problems(matching: Matching, table: NameTable) -> Iterator[str]:
 
 def _remarks(matching: Matching) -> Iterator[str]:
     if matching.dropped:
-        yield f"left out, as this format's files have them for pre-training alone: {', '.join(matching.dropped)}"
+        yield f"left out, because nothing here uses them: {', '.join(matching.dropped)}"
     for name in matching.unused:
         yield f"left out: {name}, because SpecAugment is off in this configuration"
     for place in matching.missing:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from speech_flax.conversion.evidence import Evidence, Row
 
 _LEAST = 1e-9  # errors of zero are drawn here
@@ -23,27 +25,31 @@ def draw_evidence(evidence: "Evidence", path: Path) -> None:
     for measure, label in (("relative", "largest error / RMS of the layer"), ("l2", "norm of error / norm of layer")):
         values = [max(getattr(row, measure), _LEAST) for row in states]
         axes[0].semilogy(depth, values, marker="o", markersize=3.5, linewidth=1.2, label=label)
-    _finish(
-        axes[0],
-        evidence.tolerance.activations,
-        f"limit of the {'first' if evidence.tolerance.measure == 'relative' else 'second'}",
-    )
+    limited = "largest" if evidence.tolerance.measure == "relative" else "norm"
+    _finish(axes[0], evidence.tolerance.activations, f"limit ({limited})")
     axes[0].set(title="Hidden states", xlabel="encoder layer (0: input of the first)", ylabel="relative error")
     if evidence.gradients:
         _draw_gradients(axes[1], evidence.gradients, max(depth, default=0))
         _finish(axes[1], evidence.tolerance.gradients, "limit")
-        axes[1].set(title="Gradients of all parameters", xlabel="encoder layer", ylabel="norm of error / norm")
+        axes[1].set(
+            title="Gradients of all parameters",
+            xlabel="encoder layer (-1: below; heads at the last)",
+            ylabel="norm of error / norm",
+        )
     figure.suptitle(f"{evidence.architecture}, {evidence.dtype}, against PyTorch {evidence.reference.get('torch', '')}")
     figure.savefig(path, dpi=110)
 
 
-def _finish(axes: object, limit: float, label: str) -> None:
+def _finish(axes: "Axes", limit: float, label: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.axhline(limit, color="tab:red", linestyle="--", linewidth=1, label=label)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
 
 
-def _draw_gradients(axes: object, rows: "Sequence[Row]", depth: int) -> None:
+def _draw_gradients(axes: "Axes", rows: "Sequence[Row]", depth: int) -> None:
     """One point per parameter; what lies below the encoder stands at -1, heads and adapters after the last layer."""
     positions = []
     for row in rows:

@@ -1,0 +1,224 @@
+"""Format x model x head x direction: nothing is lost, and Transformers loads what comes out."""
+
+import json
+import shutil
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+import transformers
+from conversion_fixtures import (
+    MODELS,
+    fairseq2_file,
+    fairseq_file,
+    random_model,
+    seamless_file,
+    tensorflow_file,
+    tensors_of,
+    write_transformers,
+)
+from safetensors.torch import save_file
+
+from speech_flax.conversion.command import main
+from speech_flax.conversion.safetensors_file import read_safetensors
+from speech_flax.conversion.source import open_source
+from speech_flax.conversion.transformers_names import from_torch_names, to_torch_names
+
+FORMS = (
+    "safetensors",
+    "sharded safetensors",
+    "bin",
+    "legacy bin",
+    "sharded bin",
+    "old weight norm bin",
+    "old weight norm safetensors",
+    "float16",
+    "bfloat16",
+)
+#: Every form once, spread over the models; and every model as safetensors.
+CELLS = [(model, "safetensors") for model in MODELS] + [
+    (model, form) for model in ("hubert large ctc", "w2v-bert rotary adapter ctc") for form in FORMS[1:]
+]
+
+
+def written_tensors(directory: Path) -> dict[str, np.ndarray]:
+    return {name: tensor.read() for name, tensor in read_safetensors(directory / "model.safetensors").items()}
+
+
+def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """Bit for bit, under the same names."""
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert found[name].tobytes() == tensor.tobytes(), name
+
+
+def assert_transformers_loads(directory: Path, expected: dict[str, np.ndarray]) -> None:
+    """No missing and no unexpected key, and the parameters that are expected."""
+    architecture = transformers.AutoConfig.from_pretrained(directory).architectures[0]
+    model, report = getattr(transformers, architecture).from_pretrained(
+        directory, output_loading_info=True, dtype=torch.float32
+    )
+    assert not any(report.values()), report
+    assert_same(tensors_of(model), expected)
+
+
+@pytest.mark.parametrize(("name", "form"), CELLS)
+def test_a_transformers_directory_goes_there_and_back(tmp_path, name, form):
+    model = random_model(name)
+    write_transformers(model, tmp_path / "source", form)
+    expected = tensors_of(model)
+    if form in ("float16", "bfloat16"):
+        kind = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[form]
+        expected = {key: value.astype(kind) if value.dtype == np.float32 else value for key, value in expected.items()}
+    assert main([str(tmp_path / "source"), str(tmp_path / "ours")]) == 0
+    assert_same(written_tensors(tmp_path / "ours"), expected)
+    single = {key: value.astype(np.float32) if value.dtype != np.int64 else value for key, value in expected.items()}
+    assert_transformers_loads(tmp_path / "ours", single)
+    if form in ("safetensors", "bfloat16"):
+        assert main([str(tmp_path / "source"), str(tmp_path / "orbax"), "--to", "orbax"]) == 0
+        shutil.rmtree(tmp_path / "source")
+        assert main([str(tmp_path / "orbax"), str(tmp_path / "back"), "--to", "torch"]) == 0
+        assert_same(written_tensors(tmp_path / "back"), expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["hubert base", "hubert large", "hubert batch norm", "hubert base ctc", "hubert large ctc"]
+)
+def test_fairseq_hubert_is_read_without_fairseq(tmp_path, capsys, name):
+    model = random_model(name)
+    fairseq_file(model, tmp_path / "checkpoint.pt")
+    assert main([str(tmp_path / "checkpoint.pt"), str(tmp_path / "ours")]) == 0
+    assert_transformers_loads(tmp_path / "ours", tensors_of(model))
+    found, wanted = transformers.AutoConfig.from_pretrained(tmp_path / "ours").to_dict(), model.config.to_dict()
+    for field in (
+        "architectures",
+        "classifier_proj_size",
+        "torch_dtype",
+        "dtype",
+        "_name_or_path",
+        "transformers_version",
+    ):
+        found.pop(field, None), wanted.pop(field, None)
+    assert {field: found.get(field) for field in wanted} == wanted
+    printed = capsys.readouterr().out
+    assert "HuBERT of fairseq, " + ("fine-tuned with CTC" if "ctc" in name else "pre-trained") in printed
+    assert "num_attention_heads: 2" in printed
+    assert "usual" not in printed
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(tmp_path / "ours")
+    assert extractor.return_attention_mask == ("large" in name)
+    assert extractor.do_normalize
+    if "ctc" in name:
+        tokenizer = transformers.Wav2Vec2CTCTokenizer.from_pretrained(tmp_path / "ours")
+        assert tokenizer.convert_ids_to_tokens(range(7)) == ["<pad>", "<s>", "</s>", "<unk>", "|", "E", "T"]
+        assert tokenizer.decode([5, 5, 0, 5, 4, 6]) == "EE T"
+
+
+def test_what_a_file_does_not_say_is_assumed_aloud(tmp_path, capsys):
+    model = random_model("hubert usual")
+    fairseq_file(model, tmp_path / "checkpoint.pt", settings=False)
+    assert main([str(tmp_path / "checkpoint.pt"), str(tmp_path / "ours")]) == 0
+    printed = capsys.readouterr().out
+    for assumption in (
+        "num_attention_heads = 2",
+        "do_stable_layer_norm = False",
+        "conv_stride = (5, 2, 2, 2, 2, 2, 2)",
+    ):
+        assert f"{assumption} is what is usual" in printed
+    assert_transformers_loads(tmp_path / "ours", tensors_of(model))
+
+
+def test_released_w2v_bert_is_read(tmp_path, capsys):
+    model = random_model("w2v-bert")
+    seamless_file(model, tmp_path / "conformer_shaw.pt")
+    assert main([str(tmp_path / "conformer_shaw.pt"), str(tmp_path / "ours")]) == 0
+    assert_transformers_loads(tmp_path / "ours", tensors_of(model))
+    assert "left out" in capsys.readouterr().out
+    assert transformers.AutoFeatureExtractor.from_pretrained(tmp_path / "ours").padding_value == 1
+
+
+@pytest.mark.parametrize("name", ["w2v-bert", "w2v-bert relative", "w2v-bert adapter"])
+def test_w2v_bert_of_fairseq2_is_read(tmp_path, name):
+    model = random_model(name)
+    fairseq2_file(model, tmp_path / "model.pt")
+    assert main([str(tmp_path / "model.pt"), str(tmp_path / "ours")]) == 0
+    assert_transformers_loads(tmp_path / "ours", tensors_of(model))
+
+
+@pytest.mark.parametrize("name", ["hubert base ctc", "hubert large ctc"])
+def test_tensorflow_weights_are_read(tmp_path, name):
+    model = random_model(name)
+    write_transformers(model, tmp_path / "source", "bin")
+    (tmp_path / "source/pytorch_model.bin").unlink()
+    tensorflow_file(tensors_of(model), tmp_path / "source/tf_model.h5")
+    assert main([str(tmp_path / "source"), str(tmp_path / "ours")]) == 0
+    assert_transformers_loads(tmp_path / "ours", tensors_of(model))
+
+
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [
+        (fairseq_file, "hubert base"),
+        (fairseq_file, "hubert large ctc"),
+        (fairseq_file, "hubert batch norm"),
+        (seamless_file, "w2v-bert"),
+        (fairseq2_file, "w2v-bert adapter"),
+    ],
+)
+def test_every_table_gives_back_the_names_and_values_that_it_reads(tmp_path, write, name):
+    write(random_model(name), tmp_path / "file.pt")
+    source = open_source(tmp_path / "file.pt")
+    used = {key: one.read() for key, one in source.tensors.items() if not source.table.drops(key)}
+    assert_same(to_torch_names(from_torch_names(used, source.table), source.table), used)
+
+
+def test_masked_spec_embed_may_be_missing_or_left_over(tmp_path, capsys):
+    model = random_model("w2v-bert")
+    write_transformers(model, tmp_path / "extra", "safetensors")
+    config = json.loads((tmp_path / "extra/config.json").read_text())
+    (tmp_path / "extra/config.json").write_text(json.dumps(config | {"mask_time_prob": 0.0}))
+    assert main([str(tmp_path / "extra"), str(tmp_path / "without")]) == 0
+    assert "left out: masked_spec_embed" in capsys.readouterr().out
+    expected = tensors_of(model)
+    del expected["masked_spec_embed"]
+    assert_transformers_loads(tmp_path / "without", expected)
+    (tmp_path / "without/config.json").write_text(json.dumps(config))
+    assert main([str(tmp_path / "without"), str(tmp_path / "with")]) == 0
+    assert "masked_spec_embed is not in the file and starts from random values" in capsys.readouterr().out
+    assert set(written_tensors(tmp_path / "with")) == {*expected, "masked_spec_embed"}
+
+
+def test_nothing_is_written_unless_everything_fits(tmp_path, capsys):
+    model = random_model("w2v-bert rotary adapter ctc")
+    write_transformers(model, tmp_path / "source", "safetensors")
+    state = {key: value for key, value in model.state_dict().items() if key != "lm_head.bias"}
+    state["lm_head.bais"] = model.state_dict()["lm_head.bias"].clone()
+    state["wav2vec2_bert.encoder.layers.0.ffn1.output_dense.bias"] = torch.zeros(3)
+    save_file(state, tmp_path / "source/model.safetensors")
+    assert main([str(tmp_path / "source"), str(tmp_path / "ours")]) == 1
+    message = capsys.readouterr().err
+    assert "lm_head.bais [11] is known to no rule of this format; the nearest name is 'lm_head.bias'" in message
+    assert "lm_head/bias is filled by nothing" in message
+    assert (
+        "has the shape [3] (as laid out here), wav2vec2_bert/encoder/layers/ffn1/output_dense/bias[0] needs [16]"
+        in message
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_processor_files_come_along(tmp_path):
+    write_transformers(random_model("w2v-bert"), tmp_path / "source", "safetensors")
+    for name in ("preprocessor_config.json", "vocab.json", "tokenizer_config.json"):
+        (tmp_path / "source" / name).write_text("{}")
+    (tmp_path / "source/secret.txt").write_text("")
+    assert main([str(tmp_path / "source"), str(tmp_path / "ours")]) == 0
+    names = {path.name for path in (tmp_path / "ours").iterdir()}
+    assert names == {
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "vocab.json",
+        "tokenizer_config.json",
+    }
