@@ -9,8 +9,9 @@ import re
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
 
 from speech_flax.training.experiment import MeshSettings
 
@@ -128,7 +129,7 @@ def parameter_spec(path: str) -> P:
     return matches[0]
 
 
-def check_heads(mesh: Mesh, num_attention_heads: int) -> None:
+def check_heads(mesh: Mesh | AbstractMesh, num_attention_heads: int) -> None:
     """Every shard of a layer computes whole attention heads.
 
     Raises:
@@ -142,7 +143,7 @@ def check_heads(mesh: Mesh, num_attention_heads: int) -> None:
         )
 
 
-def _choices(size: int, mesh: Mesh) -> str:
+def _choices(size: int, mesh: Mesh | AbstractMesh) -> str:
     """The sizes of an axis that divide both a width and the number of devices, as a list for people."""
     shared = math.gcd(size, mesh.size)
     divisors = [str(number) for number in range(1, shared + 1) if shared % number == 0]
@@ -153,7 +154,7 @@ def _key(entry: jax.tree_util.KeyEntry) -> str:
     return str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry))))
 
 
-def state_shardings(state: jax.typing.ArrayLike, mesh: Mesh):
+def state_shardings(state: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
     """Shardings of a training state: parameters by the table, moments as their parameter, the rest replicated.
 
     Raises:
