@@ -80,6 +80,6 @@ def read_index(index: Path) -> dict[str, str]:
     if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
         raise CheckpointFileError(f"{index} has no weight_map from tensors to files")
     for file in files.values():
-        if Path(file).name != file or "\\" in file or file.endswith(_INDEX) or not file:
+        if Path(file).name != file or "\\" in file or not file.endswith((".safetensors", ".bin")):
             raise CheckpointFileError(f"{index} names the file {file!r}, which is not a weight file beside it")
     return files
