@@ -1,6 +1,7 @@
 """Sources of utterances: audio and transcripts from local files or the hub, by random access."""
 
 import dataclasses
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ class DataSource:
         audio_column: Column with paths, encoded bytes or the Audio feature; none takes the first of audio, file_name,
             path, file, audio_filepath, audio_path.
         text_column: Column with transcripts; none takes the first of text, transcription, sentence, transcript.
+        label_column: Column with labels, for tasks other than transcription; none takes the first of the usual names.
         id_column: Column that names utterances; none takes their audio paths.
         duration_column: Column with durations in seconds; none reads them from the audio headers.
         audio_directory: What relative audio paths start from; none starts at the manifest.
@@ -48,6 +50,7 @@ class DataSource:
     name: str | None = None
     audio_column: str | None = None
     text_column: str | None = None
+    label_column: str | None = None
     id_column: str | None = None
     duration_column: str | None = None
     audio_directory: str | None = None
@@ -190,12 +193,18 @@ class Utterances(Sequence[Utterance]):
         ]
 
 
-def open_source(source: DataSource, *, cache: str | Path | None = None) -> Utterances:
+def open_source(
+    source: DataSource, *, cache: str | Path | None = None, label_columns: Sequence[str] | None = None
+) -> Utterances:
     """The utterances that ``source`` describes. Only the table is read; no audio, unless lengths are limited and there
     is no duration column: then the headers are, or what ``cache`` remembers of them.
 
-    Rows with an empty transcript and utterances outside ``min_seconds`` to ``max_seconds`` are dropped and reported in
-    the log. A file that does not exist or cannot be read stays: it is reported when it is read.
+    With ``label_columns``, the texts of the utterances are no transcripts but labels: the values of
+    ``source.label_column``, or of the first of these columns that exists, as they are; other values than strings in
+    JSON.
+
+    Rows with an empty transcript or label and utterances outside ``min_seconds`` to ``max_seconds`` are dropped and
+    reported in the log. A file that does not exist or cannot be read stays: it is reported when it is read.
 
     Raises:
         SourceError: for a path, split or column that does not exist, a malformed table, or when nothing is left.
@@ -204,13 +213,18 @@ def open_source(source: DataSource, *, cache: str | Path | None = None) -> Utter
     if source.limit is not None:
         table = dataclasses.replace(table, rows=table.rows[: source.limit])
     audio_column = table.column(source.audio_column, AUDIO_COLUMNS, "audio_column")
-    text_column = table.column(source.text_column, TEXT_COLUMNS, "text_column")
     table = _with_undecoded_audio(table, audio_column)
-    texts, ids = _texts(source, table, text_column), _ids(source, table, audio_column)
+    if label_columns is None:
+        texts = _texts(source, table, table.column(source.text_column, TEXT_COLUMNS, "text_column"))
+    else:
+        texts = _labels(table, table.column(source.label_column, label_columns, "label_column"))
+    ids = _ids(source, table, audio_column)
     utterances = Utterances(source, table, audio_column, texts, ids)
     if source.duration_column is not None:
         utterances._durations = _listed_durations(source, table)
-    utterances._drop("with an empty transcript", np.array([not text for text in texts]))
+    utterances._drop(
+        "with an empty " + ("transcript" if label_columns is None else "label"), np.array([not text for text in texts])
+    )
     if source.min_seconds > 0 or source.max_seconds is not None:
         _limit_lengths(utterances, cache)
     if len(utterances) == 0:
@@ -272,6 +286,17 @@ def _texts(source: DataSource, table: Table, column: str) -> list[str]:
         )
         for text in texts
     ]
+
+
+def _labels(table: Table, column: str) -> list[str]:
+    """Values of a column in writing; numbers that stand for names are given the names."""
+    from datasets import ClassLabel
+
+    feature = table.dataset.features[column]
+    values = table.values(column)
+    if isinstance(feature, ClassLabel):
+        return ["" if value is None or value < 0 else feature.int2str(value) for value in values]
+    return ["" if value is None else value.strip() if isinstance(value, str) else json.dumps(value) for value in values]
 
 
 def _ids(source: DataSource, table: Table, audio_column: str) -> list[str]:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def open_split(
     training: bool,
     cache: Path | None,
     planned: dict[str, Any] | None = None,
+    label_columns: Sequence[str] | None = None,
 ) -> Split:
     """Read a source's table and durations (remembered in ``cache``), and plan its batches: as the record ``planned`` of
     an earlier run says, or anew.
@@ -80,7 +82,7 @@ def open_split(
             "and accumulation: every device needs a row in every micro-batch"
         )
     shard = process_shard(mesh)
-    utterances = open_source(source, cache=cache)
+    utterances = open_source(source, cache=cache, label_columns=label_columns)
     durations = np.asarray(utterances.durations(cache))
     if not durations.any():
         _explain_unreadable(utterances)

@@ -35,7 +35,7 @@ class ModelSettings:
             The encoder's layers are one stack: all of them or none.
     """
 
-    family: Literal["wav2vec2-bert"] = "wav2vec2-bert"
+    family: Literal["wav2vec2-bert", "hubert"] = "wav2vec2-bert"
     pretrained: str | None = None
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -66,6 +66,8 @@ class DataSettings:
         validation: Utterances whose error rate is followed during training.
         test: Utterances whose error rate is reported at the end.
         vocabulary: A ``vocab.json``; none builds one from the characters of the training transcripts.
+        trials: File with pairs of utterances that speaker verification is scored on: lines "1,FILE,FILE" (same speaker)
+            or "0,FILE,FILE"; none compares every pair of an evaluation's utterances.
         batch_seconds: Audio seconds per step, padding included, over all devices.
         batch_size: Utterances per step at most.
         num_buckets: Number of length buckets, each a static shape that is compiled once.
@@ -78,6 +80,7 @@ class DataSettings:
     validation: DataSource | None = None
     test: DataSource | None = None
     vocabulary: str | None = None
+    trials: str | None = None
     batch_seconds: float = 320.0
     batch_size: int = 512
     num_buckets: int = 4
@@ -145,7 +148,8 @@ class Experiment:
     Args:
         data: Utterances and batches.
         run_directory: Directory of this run; an unfinished run in it is continued.
-        task: What is learned.
+        task: What is learned: transcripts (ctc), a class or a value of every utterance (sequence_classification), labels
+            of every frame (frame_classification), or embeddings of speakers (xvector).
         seed: Decides initial weights, data order, dropout and SpecAugment.
         steps: Optimizer steps.
         accumulation: Micro-batches per step; same gradients, less memory.
@@ -168,7 +172,7 @@ class Experiment:
 
     data: DataSettings
     run_directory: str
-    task: Literal["ctc"] = "ctc"
+    task: Literal["ctc", "sequence_classification", "frame_classification", "xvector"] = "ctc"
     seed: int = 0
     steps: int = 10_000
     accumulation: int = 1

@@ -20,7 +20,7 @@ from speech_flax.training.progress import say
 from speech_flax.training.run_directory import RunDirectory
 from speech_flax.training.sharding import check_heads, make_mesh
 from speech_flax.training.step import TrainState
-from speech_flax.training.task import Task, load_task, make_task
+from speech_flax.training.task import LABEL_COLUMNS, Task, load_task, make_task
 from speech_flax.training.trainer import Stopped, Trainer, TrainingError
 from speech_flax.training.watchdog import Watchdog
 
@@ -96,6 +96,7 @@ def open_splits(experiment: Experiment, mesh: jax.sharding.Mesh, run: RunDirecto
             training=name == "train",
             cache=durations_file(source, experiment.cache_directory),
             planned=run.plan() if name == "train" else None,
+            label_columns=LABEL_COLUMNS[experiment.task],
         )
         for name, source in sources.items()
         if source is not None
@@ -190,6 +191,15 @@ def evaluate_model(experiment: Experiment, directory: str, split: str) -> Evalua
     task, params = load_task(experiment, directory)
     programs = Programs(task, Optimizer(experiment.optimizer, 1), mesh, seed=experiment.seed)
     cache = durations_file(source, experiment.cache_directory)
-    chosen = open_split(source, experiment.data, mesh, accumulation=1, seed=0, training=False, cache=cache)
+    chosen = open_split(
+        source,
+        experiment.data,
+        mesh,
+        accumulation=1,
+        seed=0,
+        training=False,
+        cache=cache,
+        label_columns=LABEL_COLUMNS[experiment.task],
+    )
     batches = chosen.loader(task.label_encoder, experiment.data, task.label_dtype).batches()
     return evaluate(programs.initial_state(params).params, batches, programs.predict, task)

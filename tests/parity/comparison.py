@@ -59,7 +59,7 @@ def stored(results: dict[str, np.ndarray], complete: bool) -> dict[str, np.ndarr
     kept = {}
     for name, value in results.items():
         if name.startswith(_OF_GRADIENT):
-            kept[name] = sketch(name, value)
+            kept[name] = value if value.size <= 4 else sketch(name, value)  # a sketch has four elements
         elif complete or not name.startswith(("hidden_states", "attentions")):
             kept[name] = value
     return kept
