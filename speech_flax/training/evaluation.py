@@ -13,7 +13,16 @@ from speech_flax.data.loader import Batch
 from speech_flax.training.task import RowResults, ScoredRow, Task
 
 #: Titles of the metrics that are ratios, by their names in results and logs.
-RATIOS = {"wer": "WER", "cer": "CER"}
+RATIOS = {
+    "wer": "WER",
+    "cer": "CER",
+    "accuracy": "accuracy",
+    "frame_error_rate": "frame error rate",
+    "f1": "F1",
+    "equal_error_rate": "EER",
+}
+#: Titles of those that are not.
+VALUES = {"mean_squared_error": "mean squared error", "correlation": "correlation"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +47,8 @@ class Evaluation:
 
 def describe(numbers: dict[str, float]) -> str:
     """The metrics among ``numbers`` for people: ratios in percent."""
-    return ", ".join(f"{title} {numbers[name]:.1%}" for name, title in RATIOS.items() if name in numbers)
+    ratios = [f"{title} {numbers[name]:.1%}" for name, title in RATIOS.items() if name in numbers]
+    return ", ".join(ratios + [f"{title} {numbers[name]:.3g}" for name, title in VALUES.items() if name in numbers])
 
 
 def evaluate(

@@ -148,8 +148,8 @@ class Experiment:
     Args:
         data: Utterances and batches.
         run_directory: Directory of this run; an unfinished run in it is continued.
-        task: What is learned: transcripts (ctc), a class or a value of every utterance (sequence_classification), labels
-            of every frame (frame_classification), or embeddings of speakers (xvector).
+        task: What is learned: transcripts (ctc), a class or value of every utterance (sequence_classification),
+            labels of every frame (frame_classification), or embeddings of speakers (xvector).
         seed: Decides initial weights, data order, dropout and SpecAugment.
         steps: Optimizer steps.
         accumulation: Micro-batches per step; same gradients, less memory.

@@ -2,12 +2,28 @@
 
 import dataclasses
 from functools import partial
+from typing import Protocol, runtime_checkable
 
+import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from speech_flax.audio.feature_extraction import SeamlessM4TFeatureExtractor
 from speech_flax.audio.log_mel import log_mel
+from speech_flax.layers.masks import length_mask
 from speech_flax.layers.sharding import map_rows
+
+#: Added to the variance, as Transformers does.
+_VARIANCE_FLOOR = 1e-7
+
+
+@runtime_checkable
+class FrontEnd(Protocol):
+    """Computes what a feature extractor does with each waveform alone."""
+
+    def __call__(
+        self, waveforms: Float[Array, "batch samples"], sample_lengths: Int[Array, "batch"]
+    ) -> tuple[Float[Array, "batch ..."], Bool[Array, "batch positions"]]:
+        """Inputs of the model, and which of their frames (or samples) are audio."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,14 +34,30 @@ class LogMelFrontEnd:
     stride: int = 2
     padding_value: float = 0.0
 
-    @classmethod
-    def of(cls, extractor: SeamlessM4TFeatureExtractor) -> "LogMelFrontEnd":
-        """The front end that computes what ``extractor`` does."""
-        return cls(extractor.num_mel_bins, extractor.stride, extractor.padding_value)
-
     def __call__(
         self, waveforms: Float[Array, "batch samples"], sample_lengths: Int[Array, "batch"]
     ) -> tuple[Float[Array, "batch frames features"], Bool[Array, "batch frames"]]:
-        """Features, and which of their frames are audio."""
         settings = dataclasses.asdict(self)
         return map_rows(partial(log_mel, **settings), waveforms, sample_lengths)
+
+
+@dataclasses.dataclass(frozen=True)
+class WaveformFrontEnd:
+    """Samples for HuBERT, those of each utterance with mean 0 and variance 1 if ``do_normalize``; padding is 0.
+
+    There is always a mask, also for models whose feature extractor makes none: those are applied to utterances without
+    padding, which is what training must resemble.
+    """
+
+    do_normalize: bool = True
+
+    def __call__(
+        self, waveforms: Float[Array, "batch samples"], sample_lengths: Int[Array, "batch"]
+    ) -> tuple[Float[Array, "batch samples"], Bool[Array, "batch samples"]]:
+        mask = length_mask(sample_lengths, waveforms.shape[1])
+        if not self.do_normalize:
+            return jnp.where(mask, waveforms, 0), mask
+        count = jnp.maximum(sample_lengths, 1)[:, None]
+        centred = jnp.where(mask, waveforms - waveforms.sum(1, keepdims=True, where=mask) / count, 0)
+        variance = jnp.square(centred).sum(1, keepdims=True) / count
+        return centred * lax.rsqrt(variance + _VARIANCE_FLOOR), mask

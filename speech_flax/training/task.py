@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from speech_flax.data.loader import LabelEncoder
 from speech_flax.training.experiment import Experiment
-from speech_flax.training.front_end import LogMelFrontEnd
+from speech_flax.training.front_end import FrontEnd
 
 
 @flax.struct.dataclass
@@ -39,6 +39,15 @@ class ScoredRow:
     hypothesis: Any
 
 
+#: Columns that labels are taken from, the first that exists; transcripts (``None``) have columns of their own.
+LABEL_COLUMNS: dict[str, tuple[str, ...] | None] = {
+    "ctc": None,
+    "sequence_classification": ("label", "labels", "class", "category", "intent"),
+    "frame_classification": ("segments", "labels", "label"),
+    "xvector": ("speaker", "speaker_id", "client_id", "label"),
+}
+
+
 @runtime_checkable
 class Task(Protocol):
     """A model with its data: labels, losses and metrics."""
@@ -49,9 +58,17 @@ class Task(Protocol):
     infeasible_advice: ClassVar[str]
 
     model: nn.Module
-    front_end: LogMelFrontEnd
+    front_end: FrontEnd
     label_encoder: LabelEncoder
     label_dtype: DTypeLike
+
+    @classmethod
+    def make(cls, experiment: Experiment, labels: Sequence[str]) -> tuple["Task", PyTree | None]:
+        """See :func:`make_task`."""
+
+    @classmethod
+    def load(cls, experiment: Experiment, model: nn.Module, directory: str | Path) -> "Task":
+        """The task with a trained model and its feature extractor, see :func:`load_task`."""
 
     def results(
         self, params: PyTree, batch: dict[str, Array], *, deterministic: bool, rngs: dict[str, Array] | None = None
@@ -91,15 +108,29 @@ def make_task(experiment: Experiment, labels: Sequence[str]) -> tuple[Task, PyTr
     Raises:
         ExperimentError: for labels or model settings that do not fit the task.
     """
-    from speech_flax.training.tasks.ctc import make_ctc_task
-
-    makers = {"ctc": make_ctc_task}
-    return makers[experiment.task](experiment, labels)
+    return _task_class(experiment).make(experiment, labels)
 
 
 def load_task(experiment: Experiment, directory: str | Path) -> tuple[Task, PyTree]:
     """The task of ``experiment`` with the model in ``directory``, and its parameters, for evaluation."""
-    from speech_flax.training.tasks.ctc import load_ctc_task
+    from speech_flax.training.family import FAMILIES
 
-    loaders = {"ctc": load_ctc_task}
-    return loaders[experiment.task](experiment, directory)
+    family = FAMILIES[experiment.model.family]
+    _, model_class = family.classes(experiment.task)
+    model, params = model_class.from_pretrained(directory, dtype=jnp.dtype(experiment.model.dtype))
+    return _task_class(experiment).load(experiment, model, directory), params
+
+
+def _task_class(experiment: Experiment) -> type[Task]:
+    from speech_flax.training.tasks.ctc import CTCTask
+    from speech_flax.training.tasks.frames import FrameTask
+    from speech_flax.training.tasks.sequences import SequenceTask
+    from speech_flax.training.tasks.speakers import SpeakerTask
+
+    classes = {
+        "ctc": CTCTask,
+        "sequence_classification": SequenceTask,
+        "frame_classification": FrameTask,
+        "xvector": SpeakerTask,
+    }
+    return classes[experiment.task]

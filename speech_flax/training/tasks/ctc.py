@@ -1,7 +1,6 @@
 """Transcription by connectionist temporal classification."""
 
 import dataclasses
-import difflib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,17 +12,13 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
-from speech_flax.audio.feature_extraction import SeamlessM4TFeatureExtractor
-from speech_flax.configuration import Wav2Vec2BertConfig
-from speech_flax.layers.masks import adapter_output_lengths
 from speech_flax.losses import ctc_loss
 from speech_flax.metrics import character_error_rate, word_error_rate
-from speech_flax.models.wav2vec2_bert import Wav2Vec2BertForCTC
-from speech_flax.processing import Wav2Vec2BertProcessor
 from speech_flax.text.tokenizer import Wav2Vec2CTCTokenizer
 from speech_flax.text.vocabulary import build_vocabulary
 from speech_flax.training.experiment import Experiment, ExperimentError
-from speech_flax.training.front_end import LogMelFrontEnd
+from speech_flax.training.family import FAMILIES, Family, make_model
+from speech_flax.training.front_end import FrontEnd
 from speech_flax.training.task import RowResults, ScoredRow
 
 
@@ -38,11 +33,33 @@ class CTCTask:
     label_dtype: ClassVar[DTypeLike] = np.int32
 
     model: nn.Module
-    processor: Wav2Vec2BertProcessor
+    family: Family
+    processor: Any
+
+    @classmethod
+    def make(cls, experiment: Experiment, labels: Sequence[str]) -> tuple["CTCTask", PyTree | None]:
+        """A model for the characters of the transcripts ``labels``, and its pretrained parameters if it has any."""
+        family = FAMILIES[experiment.model.family]
+        processor = make_processor(experiment, family, labels)
+        tokenizer = processor.tokenizer
+        decided = {
+            "ctc_zero_infinity": True,
+            "vocab_size": len(tokenizer),
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        }
+        model, params = make_model(experiment, decided | family.decided_fields(processor.feature_extractor))
+        return cls(model, family, processor), params
+
+    @classmethod
+    def load(cls, experiment: Experiment, model: nn.Module, directory: str | Path) -> "CTCTask":
+        family = FAMILIES[experiment.model.family]
+        return cls(model, family, family.processor_class().from_pretrained(directory))
 
     @property
-    def front_end(self) -> LogMelFrontEnd:
-        return LogMelFrontEnd.of(self.processor.feature_extractor)
+    def front_end(self) -> FrontEnd:
+        return self.family.front_end(self.processor.feature_extractor)
 
     @property
     def label_encoder(self) -> Wav2Vec2CTCTokenizer:
@@ -54,9 +71,9 @@ class CTCTask:
         """Loss per utterance, normalised by its labels if the configuration says "mean"; greedy label of every frame,
         and how many frames count."""
         config = self.model.config
-        features, mask = self.front_end(batch["waveforms"], batch["sample_lengths"])
-        logits = self.model.apply({"params": params}, features, mask, deterministic=deterministic, rngs=rngs).logits
-        lengths = adapter_output_lengths(mask.sum(-1).astype(jnp.int32), config)
+        inputs, mask = self.front_end(batch["waveforms"], batch["sample_lengths"])
+        logits = self.model.apply({"params": params}, inputs, mask, deterministic=deterministic, rngs=rngs).logits
+        lengths = self.family.lengths(mask, config)
         losses, feasible = ctc_loss(
             logits, lengths, batch["labels"], batch["label_lengths"], blank_id=config.pad_token_id
         )
@@ -84,11 +101,11 @@ class CTCTask:
         return list(rows[:: max(1, len(rows) // 5)][:5])
 
     def save(self, directory: Path, params: PyTree) -> None:
-        Wav2Vec2BertForCTC.save_pretrained(directory, self.model, params)
+        self.model.save_pretrained(directory, self.model, params)
         self.processor.save_pretrained(directory)
 
 
-def make_processor(experiment: Experiment, texts: Iterable[str]) -> Wav2Vec2BertProcessor:
+def make_processor(experiment: Experiment, family: Family, texts: Iterable[str]) -> Any:
     """Feature extractor and tokenizer: given, those of the pretrained model, or built from training ``texts``.
 
     Raises:
@@ -96,13 +113,6 @@ def make_processor(experiment: Experiment, texts: Iterable[str]) -> Wav2Vec2Bert
     """
     texts = list(texts)
     pretrained = experiment.model.pretrained
-    features = experiment.features
-    if pretrained is not None:
-        extractor = SeamlessM4TFeatureExtractor.from_pretrained(pretrained)
-    else:
-        extractor = SeamlessM4TFeatureExtractor(
-            feature_size=features.num_mel_bins, num_mel_bins=features.num_mel_bins, stride=features.stride
-        )
     if experiment.data.vocabulary is not None:
         tokenizer = Wav2Vec2CTCTokenizer(experiment.data.vocabulary)
     elif pretrained is not None and (Path(pretrained) / "vocab.json").exists():
@@ -110,7 +120,7 @@ def make_processor(experiment: Experiment, texts: Iterable[str]) -> Wav2Vec2Bert
     else:
         tokenizer = Wav2Vec2CTCTokenizer(build_vocabulary(texts), pad_token="<pad>")
     check_characters(tokenizer, texts)
-    return Wav2Vec2BertProcessor(extractor, tokenizer)
+    return family.processor_class()(family.make_extractor(experiment), tokenizer)
 
 
 def check_characters(tokenizer: Wav2Vec2CTCTokenizer, texts: Iterable[str]) -> None:
@@ -131,52 +141,3 @@ def check_characters(tokenizer: Wav2Vec2CTCTokenizer, texts: Iterable[str]) -> N
             f"transcripts hold characters outside the vocabulary: {listed}, as in {example!r}; normalise them with "
             "data.train.case and data.train.punctuation, or give a data.vocabulary that has them"
         )
-
-
-def model_config(experiment: Experiment, processor: Wav2Vec2BertProcessor) -> dict[str, Any]:
-    """Fields of the model configuration: the experiment's, and those that the processor decides.
-
-    Raises:
-        ExperimentError: for a field that the configuration does not have, with the nearest that it has.
-    """
-    known = Wav2Vec2BertConfig.field_names()
-    for name in experiment.model.config:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            raise ExperimentError(f"model.config has no field {name!r}{hint}")
-    tokenizer, extractor = processor.tokenizer, processor.feature_extractor
-    decided = {
-        "vocab_size": len(tokenizer),
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "feature_projection_input_dim": extractor.num_mel_bins * extractor.stride,
-    }
-    return {"ctc_zero_infinity": True, **decided, **experiment.model.config}
-
-
-def make_ctc_task(experiment: Experiment, labels: Sequence[str]) -> tuple[CTCTask, PyTree | None]:
-    """A CTC model for the characters of the transcripts ``labels``, and its pretrained parameters if it has any."""
-    processor = make_processor(experiment, labels)
-    settings = experiment.model
-    fields = model_config(experiment, processor)
-    try:
-        if settings.pretrained is None:
-            params, config = None, Wav2Vec2BertConfig.from_dict(fields)
-        else:
-            module, params = Wav2Vec2BertForCTC.from_pretrained(settings.pretrained, **fields)
-            config = module.config
-    except (TypeError, ValueError) as error:
-        raise ExperimentError(f"model: {error}") from error
-    model = Wav2Vec2BertForCTC(
-        config, dtype=jnp.dtype(settings.dtype), remat=settings.remat, scan_unroll=settings.scan_unroll
-    )
-    return CTCTask(model, processor), params
-
-
-def load_ctc_task(experiment: Experiment, directory: str | Path) -> tuple[CTCTask, PyTree]:
-    """The CTC model in ``directory`` with its processor, and its parameters."""
-    processor = Wav2Vec2BertProcessor.from_pretrained(directory)
-    model, params = Wav2Vec2BertForCTC.from_pretrained(directory, dtype=jnp.dtype(experiment.model.dtype))
-    return CTCTask(model, processor), params

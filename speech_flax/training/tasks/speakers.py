@@ -1,0 +1,131 @@
+"""Embeddings of speakers, scored by how well they verify: the same speaker or not?"""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, PyTree
+
+from speech_flax.data.labels import ClassEncoder
+from speech_flax.data.trials import Trial, all_trials, read_trials
+from speech_flax.layers.time_delay import time_delay_context
+from speech_flax.losses import additive_margin_softmax
+from speech_flax.metrics import equal_error_rate
+from speech_flax.training.experiment import Experiment, ExperimentError
+from speech_flax.training.family import FAMILIES, Family, make_model
+from speech_flax.training.front_end import FrontEnd
+from speech_flax.training.task import RowResults, ScoredRow
+from speech_flax.training.tasks.sequences import class_names
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeakerTask:
+    """Waveforms to embeddings. ``trials`` are what an evaluation is scored on; without, all pairs of its utterances."""
+
+    command: ClassVar[str] = "classify"
+    infeasible_advice: ClassVar[str] = (
+        "are shorter than the time-delay layers see, or of unknown speakers: set data.train.min_seconds"
+    )
+    label_dtype: ClassVar[DTypeLike] = np.int32
+
+    model: nn.Module
+    family: Family
+    feature_extractor: Any
+    trials: tuple[Trial, ...] | None = None
+
+    @classmethod
+    def make(cls, experiment: Experiment, labels: Sequence[str]) -> tuple["SpeakerTask", PyTree | None]:
+        """A model that learns to tell the speakers ``labels`` apart.
+
+        Raises:
+            ExperimentError: there is only one.
+        """
+        family = FAMILIES[experiment.model.family]
+        extractor = family.make_extractor(experiment)
+        speakers = class_names(experiment, labels)
+        if len(set(labels)) < 2:
+            raise ExperimentError(f"all utterances are by the speaker {labels[0]!r}; telling speakers apart needs two")
+        model, params = make_model(experiment, {"id2label": speakers, **family.decided_fields(extractor)})
+        return cls(model, family, extractor, _trials(experiment)), params
+
+    @classmethod
+    def load(cls, experiment: Experiment, model: nn.Module, directory: str | Path) -> "SpeakerTask":
+        family = FAMILIES[experiment.model.family]
+        return cls(model, family, family.extractor_class().from_pretrained(directory), _trials(experiment))
+
+    @property
+    def front_end(self) -> FrontEnd:
+        return self.family.front_end(self.feature_extractor)
+
+    @property
+    def label_encoder(self) -> ClassEncoder:
+        return ClassEncoder(self.model.config.id2label)
+
+    def results(
+        self, params: PyTree, batch: dict[str, Array], *, deterministic: bool, rngs: dict[str, Array] | None = None
+    ) -> RowResults:
+        """Additive-margin loss and embedding of every utterance. Unknown speakers, and utterances shorter than what the
+        time-delay layers see at once, are infeasible."""
+        config = self.model.config
+        inputs, mask = self.front_end(batch["waveforms"], batch["sample_lengths"])
+        output = self.model.apply({"params": params}, inputs, mask, deterministic=deterministic, rngs=rngs)
+        weight = params["objective"]["weight"]
+        losses, counted = additive_margin_softmax(output.logits, weight, batch["labels"][:, 0])
+        counted &= self.family.lengths(mask, config) >= time_delay_context(config)
+        valid = batch["valid"]
+        predictions = {"embedding": output.embeddings.astype(jnp.float32)}
+        return RowResults(jnp.where(valid & counted, losses, 0.0), valid & ~counted, predictions)
+
+    def check(self, labels: Sequence[str]) -> None:
+        """Speakers need not be known: verification is about unknown ones."""
+
+    def hypothesis(self, prediction: dict[str, np.ndarray]) -> list[float]:
+        return prediction["embedding"].tolist()
+
+    def score(self, rows: Sequence[ScoredRow]) -> dict[str, float]:
+        """The equal error rate over the trials whose utterances are both here, and how many these are.
+
+        Raises:
+            ExperimentError: there are no trials of both kinds.
+        """
+        ids = [row.id for row in rows]
+        trials = self.trials
+        if trials is None:
+            trials = all_trials(ids, [row.reference for row in rows])
+        number = {name: index for index, name in enumerate(ids)}
+        known = [trial for trial in trials if trial.first in number and trial.second in number]
+        if len(known) < len(trials):
+            missing = next(name for t in trials for name in (t.first, t.second) if name not in number)
+            logger.warning(
+                "%d of %d trials are left out: there is no utterance %s, for one, but %s, for one",
+                len(trials) - len(known), len(trials), missing, ids[0],
+            )  # fmt: skip
+        embeddings = np.array([row.hypothesis for row in rows], np.float32)
+        embeddings /= np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
+        first = np.array([number[trial.first] for trial in known], int)
+        second = np.array([number[trial.second] for trial in known], int)
+        scores = (embeddings[first] * embeddings[second]).sum(-1)
+        try:
+            rate = equal_error_rate(scores, np.array([trial.same for trial in known], bool))
+        except ValueError as error:
+            raise ExperimentError(f"{error}; give data.trials, or other data to evaluate on") from error
+        return {"equal_error_rate": rate, "trials": len(known)}
+
+    def examples(self, rows: Sequence[ScoredRow]) -> list[ScoredRow]:
+        return []
+
+    def save(self, directory: Path, params: PyTree) -> None:
+        self.model.save_pretrained(directory, self.model, params)
+        self.feature_extractor.save_pretrained(directory)
+
+
+def _trials(experiment: Experiment) -> tuple[Trial, ...] | None:
+    return None if experiment.data.trials is None else tuple(read_trials(experiment.data.trials))
