@@ -47,7 +47,8 @@ class FrameEncoder:
     several: bool
 
     def encode(self, text: str) -> list[int]:
-        """One number per frame, up to the last frame that something is said about.
+        """One number per frame; the last one holds for all frames that follow, too. After the last segment no label
+        holds; after the last entry of a frame nothing is known, which is the number that losses ignore.
 
         Raises:
             LabelError: for labels of another form, names that are not among ``names``, or overlapping segments
@@ -56,15 +57,11 @@ class FrameEncoder:
         entries = parse(text)
         if is_segments(entries):
             return self._of_segments(entries, text)
-        return [self._of_entry(entry, text) for entry in entries]
-
-    def rest(self, text: str) -> int:
-        """The number of the frames after those of :meth:`encode`: no segment covers them, or nothing is known."""
-        return self._number(0, text) if is_segments(parse(text)) else IGNORED_LABEL
+        return [*(self._of_entry(entry, text) for entry in entries), IGNORED_LABEL]
 
     def _of_segments(self, segments: list[Segment], text: str) -> list[int]:
         count = max((math.ceil(segment.end / self.frame_seconds) for segment in segments), default=0)
-        frames = [0] * count
+        frames = [0] * (count + 1)
         for segment in segments:
             first, end = (math.ceil(time / self.frame_seconds - 0.5) for time in (segment.start, segment.end))
             for frame in range(max(first, 0), end):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterable
 
 import jax
@@ -22,7 +23,7 @@ RATIOS = {
     "equal_error_rate": "EER",
 }
 #: Titles of those that are not.
-VALUES = {"mean_squared_error": "mean squared error", "correlation": "correlation"}
+VALUES = {"loss": "loss", "mean_squared_error": "mean squared error", "correlation": "correlation"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +41,10 @@ class Evaluation:
     bad: list[str]
 
     def numbers(self) -> dict[str, float | int]:
-        """The scalar results."""
+        """The scalar results; no loss where no utterance has one, as with speakers that training does not know."""
         counts = {"utterances": len(self.rows), "infeasible": self.infeasible, "bad_files": len(self.bad)}
-        return {"loss": self.loss, **self.metrics, **counts}
+        loss = {"loss": self.loss} if math.isfinite(self.loss) else {}
+        return {**loss, **self.metrics, **counts}
 
 
 def describe(numbers: dict[str, float]) -> str:

@@ -208,7 +208,7 @@ class Trainer:
     def _validate(self, step: int, state: TrainState, progress: Progress) -> None:
         evaluation = self.evaluate(state.params, "validation")
         progress.write(step, {f"validation/{key}": value for key, value in evaluation.numbers().items()})
-        say(f"step {step}: validation {describe(evaluation.metrics)}, loss {evaluation.loss:.3f}")
+        say(f"step {step}: validation {describe(evaluation.numbers())}")
 
     def _save(self, state: TrainState) -> None:
         with self.clock.spending("checkpoints"):

@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int, PyTree
 
-from speech_flax.data.frame_labels import MOST_LABELS, SILENCE, FrameEncoder, frame_label_names, is_segments, parse
+from speech_flax.data.frame_labels import MOST_LABELS, SILENCE, FrameEncoder, frame_label_names
 from speech_flax.data.labels import LabelError
 from speech_flax.data.loader import IGNORED_LABEL
 from speech_flax.layers.masks import length_mask
@@ -32,8 +32,7 @@ class FrameTask:
     """Waveforms to labels of frames.
 
     Any number of labels may hold at a frame, as in conversations, unless ``model.config.problem_type`` is
-    "single_label_classification". ``by_segments`` says whether labels are segments, so that frames after the last one
-    have none, as opposed to entries for frames, after the last of which nothing is known.
+    "single_label_classification".
     """
 
     command: ClassVar[str] = "classify"
@@ -43,7 +42,6 @@ class FrameTask:
     model: nn.Module
     family: Family
     feature_extractor: Any
-    by_segments: bool = True
 
     @classmethod
     def make(cls, experiment: Experiment, labels: Sequence[str]) -> tuple["FrameTask", PyTree | None]:
@@ -56,7 +54,7 @@ class FrameTask:
                 several = fields.get("problem_type", _SEVERAL) == _SEVERAL
                 decided["id2label"] = list(frame_label_names(labels, several))
             model, params = make_model(experiment, decided)
-            task = cls(model, family, extractor, all(is_segments(parse(label)) for label in labels))
+            task = cls(model, family, extractor)
             task.check(labels)
         except LabelError as error:
             raise ExperimentError(str(error)) from error
@@ -107,15 +105,12 @@ class FrameTask:
     def _of_frames(
         self, labels: Int[Array, "batch labels"], lengths: Int[Array, "batch"], num_frames: int
     ) -> Int[Array, "batch frames"]:
-        """The labels of exactly ``num_frames`` frames."""
-        rest = IGNORED_LABEL
-        if self.by_segments:
-            rest = 0 if self.several else self.model.config.label2id[SILENCE]
-        labels = jnp.pad(labels, ((0, 0), (0, max(0, num_frames - labels.shape[1]))))[:, :num_frames]
-        return jnp.where(length_mask(lengths, num_frames), labels, rest)
+        """The labels of exactly ``num_frames`` frames; the last label of a row holds for the rest of them."""
+        frames = jnp.arange(num_frames)
+        return jnp.take_along_axis(labels, jnp.minimum(frames, jnp.maximum(lengths - 1, 0)[:, None]), axis=1)
 
     def check(self, labels: Sequence[str]) -> None:
-        """Refuse labels of another form than training's, or with other names."""
+        """Refuse labels of another form, or with names that the model does not have."""
         names = self.model.config.id2label
         if self.several and len(names) > MOST_LABELS:
             raise ExperimentError(
@@ -125,8 +120,6 @@ class FrameTask:
         try:
             for label in labels:
                 self.label_encoder.encode(label)
-                if is_segments(parse(label)) != self.by_segments:
-                    raise LabelError("some labels of frames are segments, others entries of frames: make them alike")
         except LabelError as error:
             raise ExperimentError(str(error)) from error
 
@@ -140,9 +133,8 @@ class FrameTask:
 
     def _counts(self, row: ScoredRow) -> FrameCounts:
         encoder, predicted = self.label_encoder, np.array(row.hypothesis, np.int32)
-        reference = np.full(predicted.size, encoder.rest(row.reference), np.int32)
-        known = np.array(encoder.encode(row.reference)[: predicted.size], np.int32)
-        reference[: known.size] = known
+        known = np.array(encoder.encode(row.reference), np.int32)
+        reference = known[np.minimum(np.arange(predicted.size), known.size - 1)]
         labelled = reference != IGNORED_LABEL
         return FrameCounts.of(self._present(reference[labelled]), self._present(predicted[labelled]))
 
