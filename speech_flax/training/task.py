@@ -121,7 +121,7 @@ def load_task(experiment: Experiment, directory: str | Path) -> tuple[Task, PyTr
     return _task_class(experiment).load(experiment, model, directory), params
 
 
-def _task_class(experiment: Experiment) -> type[Task]:
+def _task_class(experiment: Experiment) -> type:
     from speech_flax.training.tasks.ctc import CTCTask
     from speech_flax.training.tasks.frames import FrameTask
     from speech_flax.training.tasks.sequences import SequenceTask
