@@ -110,6 +110,8 @@ class Checkpoints:
         saved = ocp.StandardCheckpointer().metadata(self.directory / str(step) / "state")
         tree = getattr(saved, "item_metadata", saved)
         theirs, ours = _shapes(tree), _shapes(abstract)
+        if not theirs:
+            raise ValueError("what it says of its arrays cannot be read")
         for name in sorted({*theirs, *ours}):
             if theirs.get(name) != ours.get(name):
                 raise CheckpointError(
