@@ -11,6 +11,7 @@ _HOMES = {
     "AutoModel": "pretrained",
     "HubertModel": "models.hubert",
     "HubertForCTC": "models.hubert",
+    "HubertForSequenceClassification": "models.hubert_heads",
     "Wav2Vec2BertConfig": "configuration",
     "Wav2Vec2BertModel": "models.wav2vec2_bert",
     "Wav2Vec2BertForCTC": "models.wav2vec2_bert",

@@ -13,4 +13,13 @@ VARIANTS = (
     Variant("Wav2Vec2BertForXVector", "last layer", {}, "classes"),
     Variant("Wav2Vec2BertForXVector", "weighted layers", _WEIGHTED, "classes"),
     Variant("Wav2Vec2BertForXVector", "adapter", _ADAPTER, "classes"),
+    Variant("HubertForSequenceClassification", "last layer", {}, "classes"),
+    Variant("HubertForSequenceClassification", "weighted layers", _WEIGHTED, "classes"),
+    Variant(
+        "HubertForSequenceClassification",
+        "weighted layers of pre-norm",
+        _WEIGHTED | {"do_stable_layer_norm": True, "feat_extract_norm": "layer"},
+        "classes",
+        differs_in_5=True,
+    ),
 )
