@@ -11,6 +11,10 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from speech_flax.training.experiment import Experiment
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,14 +55,41 @@ def _train(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--resume", type=str | None, default=None, help="Run directory to continue, with the configuration it holds."
     )
+    parser.add_argument(
+        "--preflight",
+        type=str | None,
+        default=None,
+        help="TPU slice, as in v5e:4x4 or v5p:2x2x2: compile for it on this machine and print what training takes.",
+    )
+    parser.add_argument(
+        "--detailed", type=bool, default=False, help="Preflight by the cycles of the compiled code; far slower."
+    )
+    parser.add_argument("--json", type=bool, default=False, help="Print the preflight as JSON.")
     if arguments and arguments[0] == "--resume" and len(arguments) == 2:
         experiment = read_experiment(Path(arguments[1]) / "config.yaml")
     elif any(argument.split("=")[0] == "--resume" for argument in arguments):
         raise ValueError("--resume RUN_DIRECTORY stands alone: the run directory holds the configuration")
     else:
-        experiment = parse_experiment(parser, arguments)[0]
+        experiment, options = parse_experiment(parser, arguments)
+        if options.preflight is not None:
+            return _preflight(experiment, options.preflight, detailed=options.detailed, as_json=options.json)
+        if options.detailed or options.json:
+            raise ValueError("--detailed and --json say how to --preflight; give the slice too, as in v5e:4x4")
     train(experiment)
     return 0
+
+
+def _preflight(experiment: "Experiment", slice_name: str, *, detailed: bool, as_json: bool) -> int:
+    from speech_flax.training import preflight_report
+    from speech_flax.training.preflight import preflight
+    from speech_flax.training.tpu_slices import parse_slice
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    report = preflight(experiment, parse_slice(slice_name), detailed=detailed, say=say)
+    print(preflight_report.as_json(report) if as_json else preflight_report.as_text(report))
+    return 0 if report.fits else 1
 
 
 def _convert(arguments: Sequence[str]) -> int:

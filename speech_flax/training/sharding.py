@@ -27,22 +27,23 @@ PARAMETER_RULES: tuple[tuple[str, P], ...] = (
     (rf"encoder/layers/.*/{_WIDENING}/kernel", P(None, "fsdp", "tensor")),
     (rf"encoder/layers/.*/{_NARROWING}/kernel", P(None, "tensor", "fsdp")),
     (rf"encoder/layers/.*/({_WIDENING}|{_NARROWING})/bias", P()),
-    (r"encoder/layers/.*/depthwise_conv/kernel", P(None, None, None, "fsdp")),
+    # Kernels of convolutions over frames are whole everywhere: they are small, and a sharded one makes the partitioner
+    # send activations around instead (all-to-all over channels).
+    (r"encoder/layers/.*/depthwise_conv/kernel", P(None, None, None, None)),
     (r"encoder/layers/.*/(distance_embedding/embedding|pos_bias_[uv])", P()),
     (r"encoder/layers/adapter_layer/norm/(scale|bias)", P()),
     (r"encoder/layers/adapter_layer/linear_1/kernel", P(None, "fsdp", None)),
     (r"encoder/layers/adapter_layer/linear_2/kernel", P(None, None, "fsdp")),
     (r"encoder/layers/adapter_layer/linear_[12]/bias", P()),
     # What comes before them
-    (r"feature_extractor/conv_layers_\d+/conv/kernel", P(None, None, "fsdp")),
+    (r"feature_extractor/conv_layers_\d+/conv/kernel", P()),
     (r"feature_extractor/conv_layers_\d+/conv/bias", P()),
     (rf"feature_extractor/conv_layers_\d+/{_NORM}", P()),
     (rf"feature_projection/{_NORM}", P()),
     (r"feature_projection/projection/kernel", P(None, "fsdp")),
     (r"feature_projection/projection/bias", P()),
     (r"masked_spec_embed", P()),
-    (r"encoder/pos_conv_embed/conv/(kernel|weight_v)", P(None, None, "fsdp")),
-    (r"encoder/pos_conv_embed/conv/(weight_g|bias)", P()),
+    (r"encoder/pos_conv_embed/conv/(kernel|weight_[gv]|bias)", P()),
     (r"encoder/pos_conv_embed/batch_norm/(scale|bias|mean|var)", P()),
     (rf"encoder/{_NORM}", P()),
     # What comes after them

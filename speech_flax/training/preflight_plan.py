@@ -1,0 +1,173 @@
+"""What a preflight compiles: the task and the batch shapes of an experiment, with as little of its data as is there."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+from jax.sharding import Mesh
+
+from speech_flax.configuration import CONFIG_FILE
+from speech_flax.data.loader import IGNORED_LABEL, Batch, label_widths
+from speech_flax.training.corpus import durations_file, open_split
+from speech_flax.training.experiment import DataSettings, Experiment, ExperimentError
+from speech_flax.training.family import FAMILIES
+from speech_flax.training.sharding import ShardingError, batch_divisor, process_shard
+from speech_flax.training.task import Task, make_task
+
+#: Stand-in for transcripts that are not here: the characters of English.
+_CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ '"
+#: Labels per second of the densest utterance of a bucket; fast read English has 20 characters per second.
+_LABELS_PER_SECOND = 25
+_LABEL_MULTIPLE = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class BucketShape:
+    """Batches of ``rows`` utterances over all chips, of ``max_seconds`` and ``max_labels`` at most; ``share`` is the
+    part of all steps that has this shape."""
+
+    max_seconds: float
+    rows: int
+    max_labels: int
+    share: float
+
+
+@dataclasses.dataclass(frozen=True)
+class PreflightPlan:
+    """The task, the shapes of its batches by increasing length, and what was assumed to know them."""
+
+    task: Task
+    buckets: list[BucketShape]
+    assumptions: list[str]
+
+
+def plan_preflight(experiment: Experiment, mesh: Mesh) -> PreflightPlan:
+    """The shapes that training would compile for on ``mesh``.
+
+    They come from the data set when ``data.train.path`` is a local file or directory, as in training. Otherwise nothing
+    is fetched: ``data.train.max_seconds`` is cut into ``data.num_buckets`` equal steps of length, each as frequent as
+    the others, and the vocabulary is ``data.vocabulary`` or the characters of English.
+
+    Raises:
+        ExperimentError: the data set is not here and ``data.train.max_seconds`` is not set, or the model's settings are
+            wrong.
+        ShardingError: the batch is too small for the slice.
+    """
+    assumptions: list[str] = []
+    experiment = _without_weights(experiment, assumptions)
+    data = experiment.data
+    if not Path(data.train.path).exists():
+        task, _ = make_task(experiment, [] if data.vocabulary is not None else [_CHARACTERS])
+        return PreflightPlan(task, _buckets_from_settings(experiment, mesh, assumptions), assumptions)
+    split = open_split(
+        data.train,
+        data,
+        mesh,
+        accumulation=experiment.accumulation,
+        seed=experiment.seed,
+        training=True,
+        cache=durations_file(data.train, experiment.cache_directory),
+    )
+    task, _ = make_task(experiment, split.utterances.texts())
+    widths = label_widths(split.plan, split.utterances.texts(), task.label_encoder)
+    steps = split.plan.steps_per_epoch
+    shapes = zip(split.plan.buckets, widths, split.plan.batches_per_bucket, strict=True)
+    buckets = [
+        BucketShape(bucket.max_seconds, bucket.batch_size, width, batches / steps)
+        for bucket, width, batches in shapes
+        if batches
+    ]
+    return PreflightPlan(task, buckets, assumptions)
+
+
+def empty_batch(bucket: BucketShape, task: Task, mesh: Mesh) -> Batch:
+    """This process's part of a batch of that shape; its arrays take no memory."""
+    rows = bucket.rows // process_shard(mesh)[1]
+    return Batch(
+        step=0,
+        waveforms=np.broadcast_to(np.float32(0), (rows, round(bucket.max_seconds * 16_000))),
+        sample_lengths=np.zeros(rows, np.int32),
+        labels=np.broadcast_to(np.asarray(IGNORED_LABEL, task.label_dtype), (rows, bucket.max_labels)),
+        label_lengths=np.zeros(rows, np.int32),
+        valid=np.zeros(rows, bool),
+        ids=[],
+        texts=[],
+        bad=[],
+    )
+
+
+def _without_weights(experiment: Experiment, assumptions: list[str]) -> Experiment:
+    """The experiment with the size of its pretrained model, and without its weights, which no compiler needs."""
+    model, pretrained = experiment.model, experiment.model.pretrained
+    if pretrained is None:
+        return experiment
+    kind, _ = FAMILIES[model.family].classes(experiment.task)
+    data = experiment.data
+    if (Path(pretrained) / CONFIG_FILE).is_file():
+        config = kind.from_pretrained(pretrained)
+        if data.vocabulary is None and (Path(pretrained) / "vocab.json").is_file():
+            data = dataclasses.replace(data, vocabulary=str(Path(pretrained) / "vocab.json"))
+    else:
+        name = next((name for name in kind.PRESETS if name in pretrained), None)
+        if name is None:
+            raise ExperimentError(
+                f"model.pretrained = {pretrained!r} is no directory here and not of a known size "
+                f"({', '.join(kind.PRESETS)}); download it, or give its size in model.config"
+            )
+        config = kind(**kind.PRESETS[name])
+        assumptions.append(f"{pretrained} is not here: its configuration is taken to be that of {name}")
+    # What differs from the defaults: the task decides some fields itself, the vocabulary's size for instance.
+    default = kind().to_dict()
+    fields = {
+        field: value
+        for field, value in config.to_dict().items()
+        if field in kind.field_names() and field != "id2label" and value != default.get(field)
+    }
+    decided = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "architectures")
+    fields = {field: value for field, value in fields.items() if field not in decided}
+    model = dataclasses.replace(model, pretrained=None, config={**fields, **model.config})
+    return dataclasses.replace(experiment, model=model, data=data)
+
+
+def _buckets_from_settings(experiment: Experiment, mesh: Mesh, assumptions: list[str]) -> list[BucketShape]:
+    data, longest = experiment.data, experiment.data.train.max_seconds
+    if longest is None:
+        raise ExperimentError(
+            f"data.train.path = {data.train.path!r} is not on this machine, so its utterances' lengths are unknown: "
+            "set data.train.max_seconds"
+        )
+    if experiment.task != "ctc":
+        raise ExperimentError(
+            f"data.train.path = {data.train.path!r} is not on this machine, and the labels of task "
+            f"{experiment.task!r} cannot be made up: preflight it where the data set is"
+        )
+    assumptions.append(
+        f"{data.train.path} is not here: {data.num_buckets} equally frequent lengths up to data.train.max_seconds = "
+        f"{longest:g} s, {_LABELS_PER_SECOND} labels per second"
+    )
+    if data.vocabulary is None:
+        assumptions.append("no data.vocabulary: the characters of English")
+    seconds = [round(longest * (index + 1) / data.num_buckets, 1) for index in range(data.num_buckets)]
+    multiple = batch_divisor(mesh) * experiment.accumulation
+    return [
+        BucketShape(bound, _rows(data, bound, multiple), _max_labels(bound), 1 / data.num_buckets) for bound in seconds
+    ]
+
+
+def _max_labels(seconds: float) -> int:
+    return int(-(-seconds * _LABELS_PER_SECOND // _LABEL_MULTIPLE) * _LABEL_MULTIPLE)
+
+
+def _rows(data: DataSettings, seconds: float, multiple: int) -> int:
+    """Utterances of ``seconds`` in a batch, by the rule of :func:`~speech_flax.data.buckets.suggest_buckets`.
+
+    Raises:
+        ShardingError: when ``data.batch_size`` leaves a device without a row.
+    """
+    if data.batch_size < multiple:
+        raise ShardingError(
+            f"data.batch_size = {data.batch_size} is smaller than {multiple}, the product of mesh.data, mesh.fsdp "
+            "and accumulation: every device needs a row in every micro-batch"
+        )
+    size = min(int(data.batch_seconds / seconds + 1e-9), data.batch_size)
+    return max(size // multiple * multiple, multiple)

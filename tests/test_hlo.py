@@ -1,0 +1,176 @@
+"""Reading compiled programs: instructions, bytes, operations, and the time they are estimated to take."""
+
+# ruff: noqa: E501 - a line of a compiled program is as long as it is
+
+import dataclasses
+
+import pytest
+
+from speech_flax.training.bundles import count_cycles, read_cycles
+from speech_flax.training.estimate import COLLECTIVE_LATENCY, MATMUL_EFFICIENCY, MEMORY_EFFICIENCY, estimate
+from speech_flax.training.hlo import array_bytes, group_size, matmul_flops, parse_program
+from speech_flax.training.tpu_slices import CHIPS, SliceError, parse_slice
+
+CHIP = CHIPS["v5e"]
+
+# In the form of the compiler's output: a loop of 3 runs with a product, a gather that the product hides, an all-reduce,
+# and a conditional with one empty branch.
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%fused_product (parameter.0: bf16[1024,1024], parameter.1: bf16[1024,4096]) -> bf16[1024,4096] {
+  %parameter.0 = bf16[1024,1024]{1,0:T(8,128)(2,1)} parameter(0)
+  %parameter.1 = bf16[1024,4096]{1,0:T(8,128)(2,1)} parameter(1)
+  ROOT %convolution.1 = bf16[1024,4096]{1,0:T(8,128)(2,1)} convolution(%parameter.0, %parameter.1), dim_labels=bf_io->bf
+}
+
+%fused_slice (parameter.2: f32[24,1024], parameter.3: s32[]) -> f32[1,1024] {
+  %parameter.2 = f32[24,1024]{1,0:T(8,128)} parameter(0)
+  %parameter.3 = s32[] parameter(1)
+  %constant.9 = s32[] constant(0)
+  ROOT %dynamic-slice.1 = f32[1,1024]{1,0:T(1,128)} dynamic-slice(%parameter.2, %parameter.3, %constant.9), dynamic_slice_sizes={1,1024}
+}
+
+%body (carry: (s32[], bf16[1024,1024], bf16[1024,256], bf16[1024,4096])) -> (s32[], bf16[1024,1024]) {
+  %carry = (s32[], bf16[1024,1024]{1,0}, bf16[1024,256]{1,0}, bf16[1024,4096]{1,0}) parameter(0)
+  %x = bf16[1024,1024]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%carry), index=1
+  %shard = bf16[1024,256]{1,0:T(8,128)(2,1)} get-tuple-element(%carry), index=2
+  %weight = bf16[1024,4096]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%carry), index=3
+  %all-gather-start = (bf16[1024,256]{1,0}, bf16[1024,4096]{1,0}) all-gather-start(%shard), channel_id=1, replica_groups=[1,16]<=[16], dimensions={1}, metadata={op_name="jit(step)/gather"}
+  %fusion.1 = bf16[1024,4096]{1,0:T(8,128)(2,1)S(1)} fusion(%x, %weight), kind=kOutput, calls=%fused_product, metadata={op_name="jit(step)/product"}, backend_config={"estimated_cycles":"100"}
+  %all-gather-done = bf16[1024,4096]{1,0} all-gather-done(%all-gather-start)
+  %all-reduce.1 = f32[1024,1024]{1,0} all-reduce(%fusion.1), channel_id=2, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %tuple = (s32[], bf16[1024,1024]{1,0}) tuple(%x)
+}
+
+%condition (carry.1: (s32[], bf16[1024,1024])) -> pred[] {
+  %carry.1 = (s32[], bf16[1024,1024]{1,0}) parameter(0)
+  %index = s32[] get-tuple-element(%carry.1), index=0
+  %constant.3 = s32[]{:T(128)} constant(3)
+  ROOT %compare = pred[] compare(%index, %constant.3), direction=LT
+}
+
+%skipped (parameter.4: f32[256,1024]) -> f32[256,1024] {
+  ROOT %parameter.4 = f32[256,1024]{1,0} parameter(0)
+}
+
+%taken (parameter.5: f32[256,1024]) -> f32[256,1024] {
+  %parameter.5 = f32[256,1024]{1,0} parameter(0)
+  ROOT %negate = f32[256,1024]{1,0} negate(%parameter.5)
+}
+
+ENTRY %main (p: f32[256,1024], stack: f32[24,1024]) -> f32[256,1024] {
+  %p = f32[256,1024]{1,0} parameter(0)
+  %stack = f32[24,1024]{1,0} parameter(1)
+  %init = (s32[], bf16[1024,1024]{1,0}, bf16[1024,256]{1,0}, bf16[1024,4096]{1,0}) tuple(%p)
+  %one = s32[] constant(1)
+  %while = (s32[], bf16[1024,1024]{1,0}) while(%init), condition=%condition, body=%body
+  %fusion.2 = f32[1,1024]{1,0:T(1,128)} fusion(%stack, %one), kind=kLoop, calls=%fused_slice
+  ROOT %conditional = f32[256,1024]{1,0} conditional(%one, %p, %p), branch_computations={%skipped, %taken}
+}
+"""
+
+GATHERED = 1024 * 4096 * 2  # bytes
+PRODUCT = 2 * 1024 * 1024 * 4096  # floating-point operations
+
+
+def test_bytes_leave_out_what_stays_on_the_chip():
+    assert array_bytes("(bf16[2,3]{1,0:T(8,128)}, f32[], pred[5])") == 12 + 4 + 5
+    assert array_bytes("(bf16[2,3]{1,0:T(8,128)S(1)}, f32[4]{0})", main_memory=True) == 16
+
+
+def test_the_program_is_read_as_it_is_scheduled():
+    program = parse_program(PROGRAM)
+    assert program.entry == "main"
+    by_name = {instruction.name: (instruction, times) for _, instruction, times in program.walk()}
+    gather, times = by_name["all-gather-start"]
+    assert times == 3 and gather.collective == "all-gather" and gather.operands == ("shard",)
+    assert group_size(gather) == 16 and group_size(by_name["all-reduce.1"][0]) == 4
+    assert by_name["all-gather-done"][0].collective is None
+    assert by_name["fusion.1"][0].op_name == "jit(step)/product" and by_name["fusion.1"][0].cycles == 100
+    assert by_name["negate"][1] == 1
+    with pytest.raises(ValueError, match="no ENTRY"):
+        parse_program("HloModule nothing")
+
+
+@pytest.mark.parametrize(
+    ("instruction", "left", "right", "expected"),
+    [
+        ("f32[8,16] dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}", "8,4", "4,16", 2 * 8 * 4 * 16),
+        ("f32[2,8,16] dot(%a, %b), lhs_contracting_dims={2}", "2,8,4", "2,4,16", 2 * 2 * 8 * 4 * 16),
+        # A convolution of width 3 with padding 1: the first and the last output have two taps.
+        ("f32[2,10,6] convolution(%a, %b), window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f", "2,10,4", "3,4,6", 2 * 2 * 4 * 6 * 28),
+        # Depthwise: as many groups as channels.
+        ("f32[2,8,4] convolution(%a, %b), window={size=3}, dim_labels=b0f_0io->b0f, feature_group_count=4", "2,10,4", "3,1,4", 2 * 2 * 4 * 8 * 3),
+        # A batched product, written as a convolution with dilated inputs: one tap for each of 5 outputs.
+        ("f32[5,8,16] convolution(%a, %b), window={size=5 stride=4 pad=0_0 lhs_dilate=5}, dim_labels=0bf_0io->0bf", "5,8,4", "5,4,16", 2 * 5 * 8 * 4 * 16),
+    ],
+)  # fmt: skip
+def test_operations_of_products_and_convolutions(instruction, left, right, expected):
+    text = f"ENTRY %main (a: f32[1]) -> f32[1] {{\n  %a = f32[{left}] parameter(0)\n  %b = f32[{right}] parameter(1)\n"
+    program = parse_program(f"{text}  ROOT %result = {instruction}\n}}\n")
+    assert matmul_flops(program.computations["main"][-1], program, "main") == expected
+
+
+def test_the_estimate_adds_up_the_schedule():
+    result = estimate(parse_program(PROGRAM), CHIP)
+    product = PRODUCT / (MATMUL_EFFICIENCY * CHIP.matmul_flops)  # all its arrays are on the chip
+    gather = GATHERED * 15 / 16 / (2 * CHIP.link_bandwidth) + COLLECTIVE_LATENCY
+    reduction = 2 * 1024 * 1024 * 4 * 3 / 4 / (2 * CHIP.link_bandwidth) + COLLECTIVE_LATENCY
+    bandwidth = MEMORY_EFFICIENCY * CHIP.memory_bandwidth
+    slice_seconds = (1024 * 4 + 4 + 1024 * 4) / bandwidth  # the slice and its index are read, not the stack
+    negate = 2 * 256 * 1024 * 4 / bandwidth  # the longer branch
+    assert gather > product
+    expected = 3 * (gather + reduction) + slice_seconds + negate
+    assert result.seconds == pytest.approx(expected, rel=1e-6)
+    one, two = result.summed_communications()
+    assert (one["kind"], one["devices"], one["times"], one["asynchronous"]) == ("all-gather", 16, 3, True)
+    assert one["exposed"] == pytest.approx(3 * (gather - product)) and two["exposed"] == pytest.approx(3 * reduction)
+    assert result.by_bound["matmul"] == pytest.approx(3 * product)
+    assert sum(result.by_bound.values()) == pytest.approx(result.seconds)
+    assert "product" in next(cost["what"] for cost in result.costliest() if cost["bound"] == "matmul")
+
+
+def test_counted_cycles_replace_the_lower_bound():
+    program = parse_program(PROGRAM)
+    slow = dataclasses.replace(CHIP, link_bandwidth=1e30)
+    quick, detailed = estimate(program, slow), estimate(program, slow, {"negate": 10_000_000, "fusion.1": 1})
+    assert detailed.by_bound["vector"] == pytest.approx(10_000_000 / CHIP.clock)
+    assert detailed.by_bound["matmul"] == quick.by_bound["matmul"]
+
+
+def test_kernels_count_by_the_estimate_that_they_carry():
+    call = (
+        "ENTRY %main (a: f32[1]) -> f32[1] {\n  %a = f32[8]{0} parameter(0)\n  ROOT %kernel = f32[8]{0} "
+        'custom-call(%a), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{COST}}\n}\n'
+    )
+    cost = '"cost_estimate":{"flops":1970000000,"transcendentals":0,"bytes_accessed":64}'
+    known = estimate(parse_program(call.replace("COST", cost)), CHIP)
+    assert known.seconds == pytest.approx(1e-5 / MATMUL_EFFICIENCY) and not known.unknown
+    assert estimate(parse_program(call.replace("COST", "")), CHIP).unknown
+
+
+BUNDLES = """
+// machine code
+     0x0   :  { %s0 = smov 0  ;; Start region 1 }
+     0x1   :  { %p1 = scmp.lt.s32.totalorder %s0, 8 /* loop exit test */ }
+     0x2 LB: > { vdelay 3 }
+     0x3   :  { sbr.rel (%p1) target = $region1 }
+     0x4   :  { shalt }
+"""
+
+
+def test_cycles_count_bundles_delays_and_runs_of_loops(tmp_path):
+    assert count_cycles(BUNDLES.splitlines()) == 8 * (4 + 3) + 1
+    assert count_cycles(BUNDLES.replace("%s0, 8", "%s0, %s9").splitlines()) is None
+    (tmp_path / "17-fusion.3-42-final_bundles.txt").write_text(BUNDLES)
+    (tmp_path / "17-fusion.3-41-schedule-analysis_final_bundles.txt").write_text(BUNDLES)
+    assert read_cycles(tmp_path) == {"fusion.3": 57}
+
+
+def test_slices_have_names():
+    slice_ = parse_slice("v5p:2x4x4")
+    assert (slice_.chip.name, slice_.num_chips, slice_.name) == ("v5p", 32, "v5p:2x4x4")
+    for name in ("v4:2x2x2", "v5e", "v5e:4", "v5e:4x4x4", "v5p:4x4", "v5e:0x4", "v5e:axb"):
+        with pytest.raises(SliceError) as caught:
+            parse_slice(name)
+        assert name in str(caught.value) and "as in v5" in str(caught.value)
