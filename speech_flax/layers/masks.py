@@ -36,7 +36,7 @@ def length_mask(lengths: Int[Array, "batch"], num_frames: int) -> Bool[Array, "b
 
 
 def as_bool_mask(
-    attention_mask: Shaped[Array, "batch frames"] | None, batch: int, num_frames: int
+    attention_mask: Shaped[Array | np.ndarray, "batch frames"] | None, batch: int, num_frames: int
 ) -> Bool[Array, "batch frames"]:
     """A given mask of numbers or booleans as booleans; all frames when none is given."""
     if attention_mask is None:
