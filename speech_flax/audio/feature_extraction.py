@@ -34,7 +34,7 @@ class SeamlessM4TFeatureExtractor(FeatureExtractor):
         feature_size: int = 80,
         sampling_rate: int = 16_000,
         num_mel_bins: int = 80,
-        padding_value: float = 0.0,
+        padding_value: float | int = 0.0,
         stride: int = 2,
         **additional: Any,
     ):

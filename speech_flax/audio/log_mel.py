@@ -132,9 +132,13 @@ def log_mel(
 
 
 def _normalise(features: Array, inside: Array, counts: Array) -> Array:
-    """Zero mean and unit (unbiased) variance per mel bin over the frames of each utterance."""
+    """Zero mean and unit (unbiased) variance per mel bin over the frames of each utterance.
+
+    Frames that are all alike, or a single one, become zero; the reference has rounding errors there, or no number. The
+    first frame is taken off before the mean, so that float32 keeps its digits for the differences.
+    """
     number = counts.astype(jnp.float32)[:, None, None]
-    mean = jnp.where(inside, features, 0).sum(1, keepdims=True) / jnp.maximum(number, 1)
-    centred = jnp.where(inside, features - mean, 0)
-    variance = jnp.square(centred).sum(1, keepdims=True) / (number - 1)
+    differences = jnp.where(inside, features - features[:, :1], 0)
+    centred = jnp.where(inside, differences - differences.sum(1, keepdims=True) / jnp.maximum(number, 1), 0)
+    variance = jnp.square(centred).sum(1, keepdims=True) / jnp.maximum(number - 1, 1)
     return centred / jnp.sqrt(variance + _VARIANCE_FLOOR)

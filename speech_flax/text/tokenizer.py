@@ -38,7 +38,8 @@ class Wav2Vec2CTCTokenizer:
 
     As in Transformers: ``do_lower_case`` spells in capitals before encoding and in small letters after decoding;
     vocabulary entries of several characters are encoded as a whole and swallow the spaces around them; special tokens
-    that the vocabulary lacks get ids after it.
+    that the vocabulary lacks get ids after it, and swallow nothing. Other than there, the unknown token among these
+    stands for unknown characters too.
 
     Args:
         vocab: Ids by symbol, by language and symbol, or the path of a ``vocab.json`` with either.
@@ -98,7 +99,7 @@ class Wav2Vec2CTCTokenizer:
         self.target_lang = target_lang
         self._use(self.vocab[target_lang])
 
-    def _use(self, encoder: dict[str, int]) -> None:
+    def _use(self, encoder: dict[str, Any]) -> None:
         wrong = next((symbol for symbol, index in encoder.items() if not isinstance(index, int) or index < 0), None)
         if wrong is not None:
             raise ValueError(f"the vocabulary maps {wrong!r} to {encoder[wrong]!r}, which is no id")
@@ -172,9 +173,9 @@ class Wav2Vec2CTCTokenizer:
             if position % 2:  # a vocabulary entry of several characters
                 symbols.append(piece)
                 continue
-            if position > 0:
+            if position > 0 and pieces[position - 1] in self._encoder:
                 piece = piece.lstrip()
-            if position < len(pieces) - 1:
+            if position < len(pieces) - 1 and pieces[position + 1] in self._encoder:
                 piece = piece.rstrip()
             if self.do_lower_case:
                 piece = piece.lower().upper()
@@ -242,7 +243,7 @@ class Wav2Vec2CTCTokenizer:
 
     def decode(
         self,
-        token_ids: Iterable[int],
+        token_ids: Iterable[Any],
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool | None = None,
         *,
@@ -278,7 +279,7 @@ class Wav2Vec2CTCTokenizer:
         return Wav2Vec2CTCTokenizerOutput(text, offsets if output_char_offsets else None, words)
 
     def batch_decode(
-        self, sequences: Iterable[Iterable[int]], skip_special_tokens: bool = False, **options: Any
+        self, sequences: Iterable[Any], skip_special_tokens: bool = False, **options: Any
     ) -> list[str] | Wav2Vec2CTCTokenizerOutput:
         """:meth:`decode` for every sequence; offsets come as lists in one output."""
         decoded = [self.decode(sequence, skip_special_tokens, **options) for sequence in sequences]

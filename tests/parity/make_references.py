@@ -4,10 +4,14 @@ Needs neither JAX nor this library. Arguments select variants by a part of their
 have no file yet.
 """
 
+import json
 import sys
+import tempfile
+from pathlib import Path
 
 import transformers
 
+from . import tokenizer_cases
 from .comparison import save_reference, stored
 from .run_torch import build, run
 from .variant import BATCHES
@@ -17,6 +21,9 @@ from .variants import VARIANTS
 def main(wanted: list[str]) -> None:
     if transformers.__version__ != "4.37.2":
         sys.exit(f"the references are those of Transformers 4.37.2, not of {transformers.__version__}")
+    with tempfile.TemporaryDirectory() as directory:
+        answers = tokenizer_cases.answers(transformers.Wav2Vec2CTCTokenizer, Path(directory))
+    tokenizer_cases.REFERENCE.write_text(json.dumps(answers, sort_keys=True) + "\n", encoding="utf-8")
     for variant in VARIANTS:
         if any(part in variant.id for part in wanted) if wanted else not variant.reference.exists():
             model = build(variant)
