@@ -36,7 +36,7 @@ class Wav2Vec2FeatureExtractor(FeatureExtractor):
         self,
         feature_size: int = 1,
         sampling_rate: int = 16_000,
-        padding_value: float = 0.0,
+        padding_value: float | int = 0.0,
         return_attention_mask: bool = False,
         do_normalize: bool = True,
         **additional: Any,
