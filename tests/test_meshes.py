@@ -31,7 +31,7 @@ def start(kind: str, directory: Path, devices: int, **environment: str) -> subpr
 
 
 def finish(process: subprocess.Popen) -> None:
-    output, _ = process.communicate(timeout=600)
+    output, _ = process.communicate(timeout=1200)
     assert process.returncode == 0, output
 
 

@@ -107,6 +107,7 @@ class Checkpoints:
         self._manager.reload()
 
     def _check_shapes(self, abstract: TrainState, step: int) -> None:
+        """Raise CheckpointError for a checkpoint of another model, ValueError for one that does not say of which."""
         saved = ocp.StandardCheckpointer().metadata(self.directory / str(step) / "state")
         tree = getattr(saved, "item_metadata", saved)
         theirs, ours = _shapes(tree), _shapes(abstract)

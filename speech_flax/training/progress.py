@@ -103,7 +103,7 @@ class Progress:
         values = {
             "train/loss": float(np.mean(finite)) if finite else None,
             "train/learning_rate": float(self._learning_rate(step - 1 - int(metrics[-1].skipped))),
-            "train/gradient_norm": _finite_or_none(np.mean([metric.gradient_norm for metric in metrics])),
+            "train/gradient_norm": _finite_or_none(float(np.mean([metric.gradient_norm for metric in metrics]))),
             "train/infeasible": int(sum(metric.infeasible for metric in metrics)),
             "train/skipped_steps": int(metrics[-1].skipped),
             "speed/audio_seconds_per_second": speed,
@@ -156,4 +156,4 @@ def _clock_time(seconds: float) -> str:
 
 
 def _finite_or_none(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
+    return value if np.isfinite(value) else None

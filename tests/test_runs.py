@@ -1,10 +1,11 @@
-"""Interrupted runs: what goes on after a signal, or after a kill at any moment, is what would have gone on without."""
+"""Whole runs by the real command: what they leave behind, and that interruptions make no difference to it."""
 
 import itertools
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,10 +16,15 @@ from pathlib import Path
 import pytest
 from tone_corpus import write_config, write_corpus
 
+from speech_flax.cli import main
+from speech_flax.training.experiment import read_experiment
+
 SCRIPT = Path(__file__).parent / "recorded_run.py"
 STEPS = 40
 EVERY = 4
 STEP_SECONDS = 0.05
+#: A hang is one; seconds that no machine needs, however busy.
+PATIENCE = 1200
 #: Compile faster, into a cache that all runs of this module share.
 ENVIRONMENT = {
     **os.environ,
@@ -41,6 +47,7 @@ class Run:
             steps=STEPS,
             checkpoint_every=EVERY,
             keep_checkpoints=3,
+            profile_steps=[6, 7],
             cache_directory=str(cache),
         )
 
@@ -58,7 +65,7 @@ class Run:
 
     def finish(self) -> str:
         process = self.start()
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, output
         return output
 
@@ -94,6 +101,76 @@ def straight(places, tmp_path_factory) -> Run:
     run = Run(tmp_path_factory.mktemp("straight"), *places)
     run.finish()
     return run
+
+
+def test_run_directory_holds_what_describes_the_run(straight, places):
+    directory, (_, cache) = straight.directory, places
+    resolved = read_experiment(directory / "config.yaml")
+    assert resolved == read_experiment(straight.config)
+    environment = json.loads((directory / "environment.json").read_text())
+    assert {"git_commit", "libraries", "devices", "command"} <= set(environment) and environment["libraries"]["jax"]
+    results = json.loads((directory / "results.json").read_text())
+    assert results["steps"] == STEPS and results["train_seconds"] > STEPS * STEP_SECONDS and 0 < results["goodput"] < 1
+    assert (directory / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in (directory / "model").iterdir()} >= {"config.json", "model.safetensors", "vocab.json"}
+    assert list((directory / "profile").rglob("*.xplane.pb")), "a trace of the steps asked for"
+    assert list((directory / "tensorboard").iterdir())
+    assert straight.checkpoints() == [STEPS - 2 * EVERY, STEPS - EVERY, STEPS]
+    assert list((cache / "programs").iterdir()) and list((cache / "durations").iterdir())
+    assert not list(directory.rglob("*.partial"))
+
+
+def test_log_has_a_line_of_numbers_at_every_interval(straight):
+    rows = [json.loads(line) for line in (straight.directory / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(2, STEPS + 1, 2))
+    for row in rows:
+        assert row["train/loss"] > 0 and row["train/gradient_norm"] > 0 and row["train/learning_rate"] > 0
+        assert 0 <= row["speed/padding"] < 1 and row["speed/audio_seconds_per_second"] > 0
+        assert 0 <= row["speed/seconds_waiting_for_data"] <= row["speed/seconds"]
+        assert "speed/device_memory_gib" in row and 0 < row["speed/goodput"] < 1
+    assert rows[-1]["speed/remaining_seconds"] == 0 < rows[0]["speed/remaining_seconds"]
+
+
+def test_finished_run_is_not_done_again(straight, capsys):
+    before = (straight.directory / "results.json").stat().st_mtime_ns
+    assert main(["train", "--resume", str(straight.directory)]) == 0
+    assert "finished run" in capsys.readouterr().out
+    assert (straight.directory / "results.json").stat().st_mtime_ns == before
+
+
+def test_checkpoint_of_another_model_is_refused(straight, tmp_path, capfd):
+    directory = tmp_path / "run"
+    shutil.copytree(straight.directory, directory)
+    (directory / "results.json").unlink()
+    changed = (directory / "config.yaml").read_text().replace("hidden_size: 16", "hidden_size: 8")
+    (directory / "config.yaml").write_text(changed.replace(str(straight.directory), str(directory)))
+    assert main(["train", "--resume", str(directory)]) == 1
+    error = capfd.readouterr().err
+    assert "belongs to another model" in error and error.count("\n") == 1
+    assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == ["32", "36", "40"]
+
+
+def test_data_that_changed_under_a_run_are_refused(straight, places, tmp_path, capfd):
+    corpus, directory = tmp_path / "corpus", tmp_path / "run"
+    shutil.copytree(places[0], corpus)
+    shutil.copytree(straight.directory, directory)
+    (directory / "results.json").unlink()
+    config = (directory / "config.yaml").read_text().replace(str(places[0]), str(corpus))
+    (directory / "config.yaml").write_text(config.replace(str(straight.directory), str(directory)))
+    rows = (corpus / "train.csv").read_text().splitlines()
+    (corpus / "train.csv").write_text("\n".join(rows[:-1]) + "\n")
+    assert main(["train", "--resume", str(directory)]) == 1
+    assert "has changed since this run was begun (20 utterances then, 19 now)" in capfd.readouterr().err
+
+
+def test_evaluation_command_scores_the_model_of_a_run(straight, places):
+    model = str(straight.directory / "model")
+    data = [f"--data.test={{path: {places[0]}, split: train}}", "--split=test"]
+    command = [sys.executable, "-m", "speech_flax.cli", "evaluate", "--config", str(straight.config), "--model", model]
+    done = subprocess.run([*command, *data], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    numbers = json.loads(done.stdout)
+    assert numbers["utterances"] == 20 and numbers["wer"] > 0 and numbers["loss"] > 0
 
 
 def wait_for(condition, process: subprocess.Popen) -> None:
@@ -146,7 +223,7 @@ def test_run_that_was_stopped_and_killed_ends_as_the_one_that_was_not(places, st
     process = run.start()
     wait_for(lambda: len(run.noted()) > 5, process)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, output
     stopped = run.noted()[-1][0] + 1
     assert 6 <= stopped < STEPS and stopped in run.checkpoints() and "--resume" in output
@@ -186,7 +263,7 @@ def test_sigterm_to_one_of_two_processes_stops_both_after_a_checkpoint(places, s
     processes = [run.start("--distributed=true", **names, JAX_PROCESS_ID=str(index)) for index in range(2)]
     wait_for(lambda: len(run.noted()) > 12, processes[0])
     processes[1].send_signal(signal.SIGTERM)
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    outputs = [process.communicate(timeout=PATIENCE)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     last = max(step for step, _ in run.noted()) + 1
     assert last < STEPS and run.checkpoints()[-1] == last

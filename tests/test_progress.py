@@ -1,0 +1,141 @@
+"""What a run says of itself: time, what remains, hangs, and where numbers are written."""
+
+import json
+import sys
+import time
+import types
+
+import numpy as np
+import pytest
+
+from speech_flax.data.buckets import Bucket
+from speech_flax.data.plan import BatchPlan
+from speech_flax.training.experiment import ExperimentError
+from speech_flax.training.goodput import Clock, Estimate
+from speech_flax.training.metrics_log import MetricsLog, check_wandb
+from speech_flax.training.progress import Progress
+from speech_flax.training.step import StepMetrics
+from speech_flax.training.watchdog import Watchdog
+
+
+def make_plan(shuffle: bool = True) -> BatchPlan:
+    lengths = np.random.default_rng(0).integers(1, 48_000, 50)
+    return BatchPlan(lengths, [Bucket(1.0, 4), Bucket(2.0, 2), Bucket(3.0, 3)], seed=1, shuffle=shuffle)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_batches_per_bucket_between_two_steps_are_counted_exactly(shuffle):
+    plan = make_plan(shuffle)
+    epoch = plan.steps_per_epoch
+    for first, last in ((0, 0), (0, 5), (3, epoch), (epoch - 2, epoch + 3), (5, 3 * epoch + 7), (epoch, 2 * epoch)):
+        counted = np.bincount([plan.batch(step).bucket_index for step in range(first, last)], minlength=3)
+        np.testing.assert_array_equal(plan.batches_between(first, last), counted)
+
+
+def test_time_that_remains_is_the_sum_over_the_buckets():
+    estimate = Estimate([100, 200, 400])
+    assert estimate.seconds([1, 1, 1]) is None
+    for seconds in (1.0, 3.0):
+        estimate.add(0, seconds)
+    estimate.add(1, 4.0)
+    # 2 s per step of the first bucket, 4 s of the second; the third was never seen: 8 s of 400 samples, 400 in it.
+    assert estimate.seconds([10, 5, 2]) == pytest.approx(20 + 20 + 2 * 8)
+
+
+def test_goodput_counts_restarts_against_a_run():
+    clock = Clock()
+    with clock.spending("compilation"):
+        time.sleep(0.05)
+    record = clock.record()
+    record["begun"] -= 10.0  # an interruption of ten seconds
+    restarted = Clock(record)
+    assert restarted.running >= record["running"] >= 0.05
+    assert restarted.seconds("compilation") >= 0.05
+    assert 0 <= restarted.goodput < 0.05
+
+
+def metrics(loss: float) -> StepMetrics:
+    return StepMetrics(*(np.float32(value) for value in (loss, 1, 4, 0, 16_000, 0, 0)))
+
+
+class KeptLog(MetricsLog):
+    def __init__(self):
+        self.written: list[tuple[int, dict]] = []
+
+    def write(self, step, values):
+        self.written.append((step, values))
+
+    def close(self):
+        pass
+
+
+def test_numbers_of_a_step_are_looked_at_after_the_next_was_dispatched():
+    plan = make_plan()
+    log = KeptLog()
+    written = log.written
+    progress = Progress(
+        steps=3, first_step=0, plan=plan, log=log, learning_rate=lambda step: 0.1 * step, log_every=2,
+        evaluate_every=None, clock=Clock(),
+    )  # fmt: skip
+    assert progress.add(1, metrics(5.0)) is None
+    step, arrived = progress.add(2, metrics(3.0))
+    assert step == 1 and arrived.loss == 5.0 and not written
+    progress.add(3, metrics(1.0))
+    (step, values), = written  # fmt: skip
+    assert step == 2 and values["train/loss"] == 4.0 and values["train/learning_rate"] == 0.1
+    samples = sum(
+        plan.buckets[b].batch_size * plan.bucket_samples[b] for b in (plan.batch(s).bucket_index for s in (0, 1))
+    )
+    assert values["speed/padding"] == pytest.approx(1 - 32_000 / samples)
+    assert progress.flush()[0] == 3 and [step for step, _ in written] == [2, 3]
+    progress.close()
+
+
+def test_hang_shows_the_stacks_of_all_threads(tmp_path):
+    with (tmp_path / "stacks").open("w+") as file:
+        with Watchdog(0.1 / 60, file) as watchdog:
+            for _ in range(4):
+                time.sleep(0.05)
+                watchdog.alive()
+            assert file.seek(0) == 0 and file.read() == ""
+            deadline = time.monotonic() + 30
+            while time.monotonic() < deadline and "Timeout" not in (tmp_path / "stacks").read_text():
+                time.sleep(0.05)
+        text = (tmp_path / "stacks").read_text()
+    assert "Timeout" in text and "test_hang_shows_the_stacks_of_all_threads" in text
+
+
+def test_log_goes_on_as_if_it_had_never_been_interrupted(tmp_path):
+    log = MetricsLog(tmp_path, 0)
+    for step in (2, 4, 6):
+        log.write(step, {"train/loss": 1.0 / step, "note": "text"})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "train/lo')  # killed while it wrote
+    log = MetricsLog(tmp_path, 4)
+    log.write(6, {"train/loss": 0.5})
+    log.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["train/loss"]) for row in rows] == [(2, 0.5), (4, 0.25), (6, 0.5)]
+
+
+def test_weights_and_biases_get_the_same_numbers_when_asked_for(tmp_path, monkeypatch):
+    calls = []
+    run = types.SimpleNamespace(
+        log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("end")
+    )
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **options: calls.append(options) or run
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    log = MetricsLog(tmp_path, 0, "project")
+    log.write(1, {"train/loss": 2.0, "note": "text"})
+    log.close()
+    assert calls[0]["project"] == "project" and calls[0]["resume"] == "allow"
+    assert calls[1:] == [(1, {"train/loss": 2.0}), "end"]
+
+
+def test_weights_and_biases_without_the_package_are_refused(monkeypatch):
+    check_wandb(None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ExperimentError, match="pip install"):
+        check_wandb("project")
