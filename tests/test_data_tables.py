@@ -1,7 +1,9 @@
 """Tables of utterances in every form that users have them in, and what is said about broken ones."""
 
+import io
 import json
 import re
+import tarfile
 from pathlib import Path
 
 import datasets
@@ -131,6 +133,34 @@ def write_shards(audio: Path, directory: Path) -> Path:
     return directory
 
 
+def write_tar_shards(audio: Path, directory: Path) -> Path:
+    """Two shards; transcripts as text in one and as JSON in the other."""
+    for shard, rows in enumerate(((0, 1), (2,))):
+        with tarfile.open(directory / f"train-{shard:03d}.tar", "w") as archive:
+            for row in rows:
+                add(archive, f"clips/{row}.wav", (audio / f"{row}.wav").read_bytes())
+                if shard == 0:
+                    add(archive, f"clips/{row}.txt", TEXTS[row].encode())
+                else:
+                    add(archive, f"clips/{row}.json", json.dumps({"text": TEXTS[row], "speaker": "x"}).encode())
+    return directory
+
+
+def write_one_tar(audio: Path, directory: Path) -> Path:
+    write_tar_shards(audio, directory)
+    with tarfile.open(directory / "all.tar", "w") as archive:
+        for row, text in enumerate(TEXTS):
+            add(archive, f"{row}.wav", (audio / f"{row}.wav").read_bytes())
+            add(archive, f"{row}.txt", text.encode())
+    return directory / "all.tar"
+
+
+def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
 WRITERS = [value for name, value in globals().items() if name.startswith("write_")]
 
 
@@ -176,6 +206,7 @@ def test_values_that_look_like_numbers_or_nulls_stay_text(audio, tmp_path):
         ("t.csv", b"audio,text\na.wav,caf\xe9\n", "is not UTF-8 text"),
         ("t.txt", "audio,text\n", "is no manifest: expected .csv"),
         ("t.parquet", b"PAR1 but not really", "cannot read split"),
+        ("t.tar", b"no tar at all", "cannot be read as a tar shard"),
     ],
 )
 def test_a_malformed_table_is_refused_with_its_name_and_line(name, content, message, tmp_path):
@@ -185,6 +216,25 @@ def test_a_malformed_table_is_refused_with_its_name_and_line(name, content, mess
         read_table(str(path), "train")
     assert name in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_a_sample_of_a_shard_without_audio_is_refused(audio, tmp_path):
+    with tarfile.open(tmp_path / "train.tar", "w") as archive:
+        add(archive, "one.wav", (audio / "0.wav").read_bytes())
+        add(archive, "one.txt", b"one")
+        add(archive, "two.txt", b"two")
+    with pytest.raises(SourceError, match=r"train\.tar: sample 'two' has no audio file \(wav, flac"):
+        read_table(str(tmp_path), "train")
+
+
+def test_durations_of_shards_are_remembered(audio, tmp_path):
+    write_tar_shards(audio, tmp_path)
+    for _ in range(2):
+        utterances = open_source(DataSource(str(tmp_path)))
+        np.testing.assert_allclose(utterances.durations(tmp_path / "durations.npz"), [0.1, 0.2, 0.3])
+        assert list(utterances.ids()) == ["clips/0", "clips/1", "clips/2"]
+    with np.load(tmp_path / "durations.npz") as arrays:
+        assert arrays["keys"].size == 3
 
 
 def test_a_missing_table_is_named():

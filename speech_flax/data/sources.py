@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float32, Float64
 from speech_flax.audio.decoding import AudioError, load_audio
 from speech_flax.data.durations import file_identity, scan_durations
 from speech_flax.data.tables import SourceError, Table, read_table
+from speech_flax.data.tar_shards import read_slice
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +26,8 @@ class DataSource:
     """Utterances of one split of a data set.
 
     Args:
-        path: A CSV, TSV, JSON Lines, Parquet or Arrow file; a directory with metadata.csv, such files, or a saved data
-            set; or the id of a data set on the Hugging Face hub.
+        path: A CSV, TSV, JSON Lines, Parquet, Arrow or tar file; a directory with metadata.csv, such files, or a saved
+            data set; or the id of a data set on the Hugging Face hub.
         split: Which part of it: a column "split", a folder or file of that name, or the hub's own splits.
         name: Configuration of a hub data set, a language for instance.
         audio_column: Column with paths, encoded bytes or the Audio feature; none takes the first of audio, file_name,
@@ -168,6 +169,8 @@ class Utterances(Sequence[Utterance]):
     def _encoded(self, index: int) -> str | bytes:
         """Path or bytes of the audio; an empty path when the table holds neither."""
         value = self._audio[int(self._rows[index])][self._audio_column]
+        if isinstance(value, dict) and "shard" in value:
+            return read_slice(**value)
         if isinstance(value, dict):
             value = value["bytes"] if value.get("bytes") is not None else value.get("path")
         if isinstance(value, str) and value:
@@ -178,6 +181,9 @@ class Utterances(Sequence[Utterance]):
         """What changes when the audio of an utterance does: its file, or the files of the table that embeds it."""
         import pyarrow.compute
 
+        if f"{self._audio_column}.shard" in self._audio.flatten().column_names:
+            places = (self._audio[int(row)][self._audio_column] for row in self._rows)
+            return [f"{file_identity(place['shard'])}|{place['offset']}" for place in places]
         tables = "|".join(file_identity(file["filename"]) for file in self._audio.cache_files)
         flat = self._audio.flatten().with_format("arrow")[:]
         name = (
@@ -257,7 +263,7 @@ def _with_undecoded_audio(table: Table, column: str) -> Table:
     feature = table.dataset.features[column]
     if isinstance(feature, Audio):
         return dataclasses.replace(table, dataset=table.dataset.cast_column(column, Audio(decode=False)))
-    if isinstance(feature, dict) and {"bytes", "path"} & set(feature):
+    if isinstance(feature, dict) and {"bytes", "path", "shard"} & set(feature):
         return table
     if isinstance(feature, Value) and feature.dtype in ("string", "large_string", "binary", "large_binary"):
         return table
@@ -300,11 +306,14 @@ def _labels(table: Table, column: str) -> list[str]:
 
 
 def _ids(source: DataSource, table: Table, audio_column: str) -> list[str]:
-    """Names of the rows: the id column, audio paths if they are all different, or split and row number."""
+    """Names of the rows: the id column, names of samples of tar shards or audio paths if they are all different, or
+    split and row number."""
     if source.id_column is not None:
         column = table.column(source.id_column, (), "id_column")
         return [str(value) for value in table.values(column)]
     flat = dataclasses.replace(table, dataset=table.dataset.select_columns([audio_column]).flatten())
+    if "__key__" in table.dataset.column_names and len(set(keys := table.values("__key__"))) == len(keys):
+        return keys
     for column in (audio_column, f"{audio_column}.path"):
         if column in flat.dataset.column_names and flat.dataset.features[column].dtype.endswith("string"):
             names = flat.values(column)

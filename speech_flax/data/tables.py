@@ -63,8 +63,9 @@ def read_table(path: str, split: str, name: str | None = None) -> Table:
     A manifest is a CSV, TSV or JSON Lines file. Its rows belong to the split that their column ``split`` names, or,
     without such a column, to ``train``. A directory is searched for, in this order: ``<split>/metadata.*``,
     ``<split>.*`` and ``metadata.*`` with a manifest's suffix; a data set written by ``Dataset.save_to_disk``; data
-    files that ``datasets`` recognises by their names, such as ``data/train-00000-of-00004.parquet``. Single Parquet and
-    Arrow files are read as they are. ``name`` is the configuration of a hub data set (a language, often).
+    files that ``datasets`` recognises by their names, such as ``data/train-00000-of-00004.parquet``; tar shards,
+    ``<split>*.tar`` or ``<split>/*.tar``, as WebDataset writes them. Single Parquet, Arrow and tar files are read as
+    they are. ``name`` is the configuration of a hub data set (a language, often).
 
     Raises:
         SourceError: when nothing is found, a file is malformed, or the split does not exist or is empty.
@@ -95,8 +96,10 @@ def _read_file(path: Path, split: str) -> Table:
         dataset = _load("parquet", WHOLE, data_files=str(path), origin=str(path))
     elif path.suffix == ".arrow":
         dataset = _load("arrow", WHOLE, data_files=str(path), origin=str(path))
+    elif path.suffix == ".tar":
+        return _read_tar([path], path.parent, str(path))
     else:
-        raise SourceError(f"{path} is no manifest: expected {', '.join(MANIFEST_SUFFIXES)}, .parquet or .arrow")
+        raise SourceError(f"{path} is no manifest: expected {', '.join(MANIFEST_SUFFIXES)}, .parquet, .arrow or .tar")
     return _of_split(Table.whole(dataset, path.parent, str(path)), split)
 
 
@@ -110,7 +113,19 @@ def _read_directory(directory: Path, split: str, name: str | None) -> Table:
             return _of_split(_read_manifest(manifest), split)
     if (directory / "dataset_dict.json").is_file() or (directory / "state.json").is_file():
         return _read_saved(directory, split)
+    if shards := sorted(directory.glob(f"{split}*.tar")) or sorted(directory.glob(f"{split}/*.tar")):
+        return _read_tar(shards, directory, str(directory))
     return Table.whole(_load(str(directory), split, name), directory, str(directory))
+
+
+def _read_tar(shards: Sequence[Path], directory: Path, origin: str) -> Table:
+    from speech_flax.data.tar_shards import ShardError, read_shards
+
+    try:
+        columns = read_shards(shards)
+    except ShardError as error:
+        raise SourceError(str(error)) from error
+    return _of_columns(columns, directory, origin)
 
 
 def _read_saved(directory: Path, split: str) -> Table:
@@ -144,16 +159,20 @@ def _of_split(table: Table, split: str) -> Table:
 
 
 def _read_manifest(path: Path) -> Table:
-    import datasets
-
     try:
         columns = _read_json(path) if path.suffix in (".json", ".jsonl") else _read_csv(path)
     except UnicodeDecodeError as error:
         raise SourceError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it") from error
+    return _of_columns(columns, path.parent, str(path))
+
+
+def _of_columns(columns: dict[str, list[Any]], directory: Path, origin: str) -> Table:
+    import datasets
+
     try:
-        return Table.whole(datasets.Dataset.from_dict(columns), path.parent, str(path))
+        return Table.whole(datasets.Dataset.from_dict(columns), directory, origin)
     except Exception as error:  # Arrow raises several unrelated types for values of different types in one column
-        raise SourceError(f"{path} mixes types of values in one column: {_first_line(error)}") from error
+        raise SourceError(f"{origin} mixes types of values in one column: {_first_line(error)}") from error
 
 
 def _read_csv(path: Path) -> dict[str, list[str]]:
