@@ -65,6 +65,10 @@ MODELS = {
     "hubert large ctc": ("HubertForCTC", {**HUBERT, **LARGE}),
     "hubert usual": ("HubertModel", {**HUBERT, "hidden_size": 128, "num_hidden_layers": 1}),
     "hubert adapters ctc": ("HubertForCTC", {**HUBERT, **LARGE, "adapter_attn_dim": 5}),
+    "hubert sequence": (
+        "HubertForSequenceClassification",
+        {**HUBERT, "use_weighted_layer_sum": True, "num_labels": 4},
+    ),
     "hubert batch norm": ("HubertModel", {**HUBERT, "conv_pos_batch_norm": True}),
 }
 

@@ -14,6 +14,7 @@ from conversion_fixtures import (
     fairseq2_file,
     fairseq_file,
     random_model,
+    s3prl_file,
     seamless_file,
     tensorflow_file,
     tensors_of,
@@ -147,6 +148,18 @@ def test_w2v_bert_of_fairseq2_is_read(tmp_path, name):
     fairseq2_file(model, tmp_path / "model.pt")
     assert main([str(tmp_path / "model.pt"), str(tmp_path / "ours")]) == 0
     assert_transformers_loads(tmp_path / "ours", tensors_of(model))
+
+
+def test_a_head_of_s3prl_is_put_on_its_model(tmp_path, capsys):
+    model = random_model("hubert sequence")
+    s3prl_file(model, tmp_path / "best.ckpt")
+    write_transformers(model.hubert, tmp_path / "base", "safetensors")
+    with pytest.raises(ValueError, match="--base"):
+        main([str(tmp_path / "best.ckpt"), str(tmp_path / "ours")])
+    arguments = [str(tmp_path / "best.ckpt"), str(tmp_path / "ours"), "--base", str(tmp_path / "base")]
+    assert main(arguments) == 0
+    assert_transformers_loads(tmp_path / "ours", tensors_of(model))
+    assert not transformers.AutoFeatureExtractor.from_pretrained(tmp_path / "ours").do_normalize
 
 
 @pytest.mark.parametrize("name", ["hubert base ctc", "hubert large ctc"])
