@@ -42,7 +42,7 @@ def load_audio(
             rate, promised = _checked_rate(file, name), file.frames
             samples = file.read(dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
-        raise AudioError(f"{name}: cannot be decoded: {error.error_string.rstrip('.')}") from error
+        raise AudioError(f"{name}: cannot be decoded: {_cause(source, error.error_string)}") from error
     if len(samples) == 0:
         raise AudioError(f"{name}: holds no audio")
     _check_complete(source, name, promised, len(samples))
@@ -74,7 +74,7 @@ def audio_duration(source: str | Path | bytes, name: str | None = None) -> float
         with _open(source, name) as file:
             rate, frames = _checked_rate(file, name), file.frames
     except soundfile.LibsndfileError as error:
-        raise AudioError(f"{name}: cannot be decoded: {error.error_string.rstrip('.')}") from error
+        raise AudioError(f"{name}: cannot be decoded: {_cause(source, error.error_string)}") from error
     if not 0 < frames < _UNKNOWN_LENGTH:
         raise AudioError(f"{name}: holds no audio")
     return frames / rate
@@ -100,6 +100,15 @@ def _open(source: str | Path | bytes, name: str):
     if path.stat().st_size == 0:
         raise AudioError(f"{name}: is empty")
     return soundfile.SoundFile(str(path))
+
+
+def _cause(source: str | Path | bytes, message: str) -> str:
+    """The decoder's message, made clearer where it can be."""
+    if _header_bytes(source).startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, not the file itself; run git lfs pull"
+    if message.startswith("Format not recognised"):
+        return "its format is not known (WAV, FLAC, MP3, Ogg, Opus, AIFF and SPHERE are); convert it"
+    return message.rstrip(".")
 
 
 def _checked_rate(file, name: str) -> int:

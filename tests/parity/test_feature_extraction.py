@@ -92,7 +92,7 @@ def test_without_padding_every_utterance_keeps_its_length():
     for ours, waveform in zip(got, batch, strict=True):  # the reference takes one at a time
         theirs = THEIRS(waveform, padding=False, sampling_rate=16_000)["input_features"][0]
         np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
-    with pytest.raises(ValueError, match="utterances of 5 to 10 frames make no array; pad them"):
+    with pytest.raises(ValueError, match="of length 5 to 10 make no array; pad them"):
         OURS(batch, padding=False, sampling_rate=16_000)
 
 
