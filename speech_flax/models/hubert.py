@@ -1,10 +1,13 @@
 """HuBERT (Hsu et al. 2021, arXiv:2106.07447): a convolutional reader of waveforms, and a Transformer."""
 
+from pathlib import Path
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from speech_flax.configuration import HubertConfig
 from speech_flax.layers.encoder_layer import scan_layers
@@ -216,6 +219,25 @@ class HubertForCTC(HubertPretrainedModel, nn.Module):
         self.lm_head = linear(
             config.vocab_size, name="lm_head", dtype=self.dtype, initializer_range=config.initializer_range
         )
+
+    @classmethod
+    def from_pretrained(
+        cls, directory_or_hub_id: str | Path, *, target_lang: str | None = None, **options: Any
+    ) -> tuple[nn.Module, PyTree]:
+        """The module and its parameters; see :meth:`PretrainedModel.from_pretrained`.
+
+        Args:
+          directory_or_hub_id: Local directory, or ``owner/name`` of a model on the hub.
+          target_lang: Take adapters and head from ``adapter.<target_lang>.safetensors``; see
+            :func:`~speech_flax.language_adapters.with_language_adapter`, which exchanges them later too.
+          options: Computation type, module attributes and fields of the configuration to replace.
+        """
+        module, params = super().from_pretrained(directory_or_hub_id, **options)
+        if target_lang is None:
+            return module, params
+        from speech_flax.language_adapters import with_language_adapter
+
+        return with_language_adapter(module, params, directory_or_hub_id, target_lang)
 
     def __call__(
         self,
