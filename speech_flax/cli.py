@@ -1,17 +1,18 @@
-"""The command ``speech-flax``: train, convert, transcribe, evaluate.
+"""The command ``speech-flax``: train, convert, transcribe, classify, evaluate.
 
 A mistake of the user ends in one sentence on standard error and exit code 1. Set ``SPEECH_FLAX_TRACEBACK=1`` to see
 where it was noticed.
 """
 
 import argparse
+import itertools
 import json
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from speech_flax.training.experiment import Experiment
@@ -24,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "train": _train,
         "convert": _convert,
         "transcribe": _transcribe,
+        "classify": _classify,
         "evaluate": _evaluate,
     }
     if not arguments or arguments[0] not in commands:
@@ -137,6 +139,53 @@ def _transcribe(arguments: Sequence[str]) -> int:
         else:
             tqdm.write(f"{file}: {transcript.text}" if len(options.files) > 1 else transcript.text)
     return 1 if unreadable else 0
+
+
+def _classify(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="speech-flax classify",
+        description="Print classes or values of audio files, what holds when in them, or how alike their speakers are.",
+    )
+    parser.add_argument("files", nargs="+", help="Audio files: WAV, FLAC, MP3, Ogg, Opus, AIFF, SPHERE; any rate.")
+    parser.add_argument("--model", required=True, help="Directory or hub id of a model with such a head.")
+    parser.add_argument("--json", action="store_true", help="One JSON object per file, with all that the model says.")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="Computation type.")
+    options = parser.parse_args(arguments)
+    for file in options.files:
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"{file}: no such file")
+
+    import numpy as np
+    from tqdm import tqdm
+
+    from speech_flax.audio.decoding import load_audio
+    from speech_flax.classification import Classifier, describe
+
+    classifier = Classifier.from_pretrained(options.model, dtype=options.dtype)
+    results = {}
+    unreadable = 0
+    for file in tqdm(options.files, unit="file", disable=None, leave=False):
+        try:
+            results[file] = classifier(load_audio(file))
+        except ValueError as error:
+            unreadable += 1
+            tqdm.write(f"error: {error if file in str(error) else f'{file}: {error}'}", file=sys.stderr)
+            continue
+        if options.json:
+            tqdm.write(json.dumps({"file": file, **results[file].known()}, ensure_ascii=False))
+        elif results[file].embedding is None:
+            tqdm.write(f"{file}: {describe(results[file])}" if len(options.files) > 1 else describe(results[file]))
+    embeddings = {file: np.array(result.embedding) for file, result in results.items() if result.embedding}
+    if embeddings and not options.json:
+        _compare_speakers(embeddings)
+    return 1 if unreadable else 0
+
+
+def _compare_speakers(embeddings: dict[str, Any]) -> None:
+    if len(embeddings) == 1:
+        print("give several files to compare their speakers, or --json for the embedding")
+    for first, second in itertools.combinations(embeddings, 2):
+        print(f"{first} and {second}: cosine {embeddings[first] @ embeddings[second]:.3f}")
 
 
 def _evaluate(arguments: Sequence[str]) -> int:
