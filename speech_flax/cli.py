@@ -18,6 +18,17 @@ if TYPE_CHECKING:
     from speech_flax.training.experiment import Experiment
 
 
+_USAGE = """usage: speech-flax COMMAND [OPTION]...
+
+commands:
+  train       train a model as a configuration file describes it
+  convert     convert checkpoints from PyTorch and TensorFlow, and back
+  transcribe  print the text of audio files
+  evaluate    score a trained model
+
+Each command explains itself with --help."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one sub-command and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -29,8 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "evaluate": _evaluate,
     }
     if not arguments or arguments[0] not in commands:
-        known = ", ".join(commands)
-        print(f"usage: speech-flax COMMAND ...\ncommands: {known}; each explains itself with --help")
+        print(_USAGE)
         if arguments and arguments[0] not in ("-h", "--help"):
             print(f"error: there is no command {arguments[0]!r}", file=sys.stderr)
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
@@ -50,12 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: Sequence[str]) -> int:
-    from speech_flax.training.experiment import experiment_parser, parse_experiment, read_experiment
+    from speech_flax.training.experiment import experiment_parser, parse_experiment
     from speech_flax.training.loop import train
 
     parser = experiment_parser()
     parser.add_argument(
-        "--resume", type=str | None, default=None, help="Run directory to continue, with the configuration it holds."
+        "--resume",
+        type=str | None,
+        default=None,
+        help="Run directory to continue with the configuration it holds; the mesh and intervals may be overridden.",
     )
     parser.add_argument(
         "--preflight",
@@ -67,18 +80,28 @@ def _train(arguments: Sequence[str]) -> int:
         "--detailed", type=bool, default=False, help="Preflight by the cycles of the compiled code; far slower."
     )
     parser.add_argument("--json", type=bool, default=False, help="Print the preflight as JSON.")
-    if arguments and arguments[0] == "--resume" and len(arguments) == 2:
-        experiment = read_experiment(Path(arguments[1]) / "config.yaml")
-    elif any(argument.split("=")[0] == "--resume" for argument in arguments):
-        raise ValueError("--resume RUN_DIRECTORY stands alone: the run directory holds the configuration")
-    else:
-        experiment, options = parse_experiment(parser, arguments)
-        if options.preflight is not None:
-            return _preflight(experiment, options.preflight, detailed=options.detailed, as_json=options.json)
-        if options.detailed or options.json:
-            raise ValueError("--detailed and --json say how to --preflight; give the slice too, as in v5e:4x4")
+    experiment, options = parse_experiment(parser, _resumed(arguments))
+    if options.preflight is not None:
+        return _preflight(experiment, options.preflight, detailed=options.detailed, as_json=options.json)
+    if options.detailed or options.json:
+        raise ValueError("--detailed and --json say how to --preflight; give the slice too, as in v5e:4x4")
     train(experiment)
     return 0
+
+
+def _resumed(arguments: Sequence[str]) -> list[str]:
+    """The arguments with ``--resume DIRECTORY`` replaced by the configuration of the run in it."""
+    own = argparse.ArgumentParser(prog="train.py", allow_abbrev=False, add_help=False)
+    own.add_argument("--resume")
+    options, others = own.parse_known_args(arguments)
+    if options.resume is None:
+        return others
+    config = Path(options.resume) / "config.yaml"
+    if not config.is_file():
+        raise FileNotFoundError(f"{options.resume} holds no run to resume: there is no {config}")
+    if any(argument.split("=")[0] == "--config" for argument in others):
+        raise ValueError("--resume takes the configuration of the run directory; leave --config out")
+    return ["--config", str(config), "--run_directory", options.resume, *others]
 
 
 def _preflight(experiment: "Experiment", slice_name: str, *, detailed: bool, as_json: bool) -> int:

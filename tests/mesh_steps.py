@@ -43,6 +43,13 @@ QUIET = {
     "apply_spec_augment": False,
     "intermediate_size": 32,
 }
+HUBERT = {
+    **{name: TINY_MODEL[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")},
+    **{f"{place}_dropout": 0.0 for place in ("hidden", "activation", "attention", "feat_proj", "final")},
+    **{"layerdrop": 0.5, "apply_spec_augment": False, "intermediate_size": 32},
+    **{"conv_dim": (8, 8), "conv_kernel": (40, 8), "conv_stride": (40, 8)},
+    **{"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2},
+}
 RANDOM = {**TINY_MODEL, "layerdrop": 0.5, "attention_dropout": 0.1, "hidden_dropout": 0.1, "mask_time_prob": 0.3}
 
 
@@ -80,6 +87,7 @@ class Layout:
 
     name: str
     mesh: tuple[int, int, int] = (1, 1, 1)
+    family: str = "wav2vec2-bert"
     config: tuple[tuple[str, object], ...] = tuple(QUIET.items())
     accumulation: int = 1
     remat: str = "none"
@@ -88,7 +96,7 @@ class Layout:
 
     def run(self, directory: Path) -> None:
         """Do the steps from the beginning, or go on from the checkpoint after the first one."""
-        described = experiment(dict(self.config), remat=self.remat, scan_unroll=self.scan_unroll)
+        described = experiment(dict(self.config), family=self.family, remat=self.remat, scan_unroll=self.scan_unroll)
         mesh = make_mesh(MeshSettings(*self.mesh), jax.devices()[: int(np.prod(self.mesh))])
         task, _ = make_task(described, ["abcd ab"])
         optimizer = Optimizer(described.optimizer, 100)
@@ -123,13 +131,14 @@ class Layout:
 
 SINGLE = (
     Layout("reference"),
-    Layout("8x1x1 remat full", (8, 1, 1), remat="full"),
     Layout("2x4x1 unrolled", (2, 4, 1), scan_unroll=2),
     Layout("2x1x1 accumulation 4", (2, 1, 1), accumulation=4),
     Layout("restored on 2x2x2", (2, 2, 2), restore=True),
     Layout("restored on 1 remat dots", remat="dots", restore=True),
     Layout("random reference", config=tuple(RANDOM.items())),
-    Layout("random 2x2x2 remat full", (2, 2, 2), config=tuple(RANDOM.items()), remat="full"),
+    Layout("random 8x1x1 remat full", (8, 1, 1), config=tuple(RANDOM.items()), remat="full"),
+    Layout("hubert reference", family="hubert", config=tuple(HUBERT.items())),
+    Layout("hubert 2x2x2", (2, 2, 2), family="hubert", config=tuple(HUBERT.items())),
 )
 JOINED = (Layout("restored on two processes", (2, 2, 2), restore=True),)
 

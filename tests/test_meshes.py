@@ -72,12 +72,16 @@ def assert_same(results: Path, name: str, reference: str = "reference") -> None:
         largest = max(np.abs(theirs[k]).max() for k in theirs.files if f".{moment[1]}[" in k) if moment else scale
         np.testing.assert_allclose(ours[key], theirs[key], rtol=0, atol=1e-6 * largest, err_msg=key)
         compared += 1
-    assert compared > 100
+    assert compared > 80
 
 
-@pytest.mark.parametrize("name", ["8x1x1 remat full", "2x4x1 unrolled", "2x1x1 accumulation 4"])
+@pytest.mark.parametrize("name", ["2x4x1 unrolled", "2x1x1 accumulation 4"])
 def test_numbers_are_those_of_one_device(results, name):
     assert_same(results, name)
+
+
+def test_numbers_of_hubert_with_layer_drop_are_those_of_one_device(results):
+    assert_same(results, "hubert 2x2x2", "hubert reference")
 
 
 @pytest.mark.parametrize("name", ["restored on 2x2x2", "restored on 1 remat dots", "restored on two processes"])
@@ -87,12 +91,12 @@ def test_checkpoint_of_one_mesh_goes_on_with_the_same_numbers_on_another(results
 
 
 def test_dropout_layer_drop_and_spec_augment_do_not_depend_on_the_mesh(results):
-    assert_same(results, "random 2x2x2 remat full", "random reference")
+    assert_same(results, "random 8x1x1 remat full", "random reference")
     plain, random = np.load(results / "reference.npz"), np.load(results / "random reference.npz")
     assert np.abs(plain["losses"] - random["losses"]).max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["8x1x1 remat full", "2x4x1 unrolled", "restored on 2x2x2", "random 2x2x2 remat full"])
+@pytest.mark.parametrize("name", ["random 8x1x1 remat full", "2x4x1 unrolled", "restored on 2x2x2", "hubert 2x2x2"])
 def test_no_device_sees_the_global_batch(results, name):
     """Collectives move parameters, gradients and sums, and rows of at most one shard of the batch of 24 rows."""
     program = (results / f"{name}.hlo").read_text()

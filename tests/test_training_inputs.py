@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from tone_corpus import write_config, write_corpus
 
 from speech_flax.cli import main
 from speech_flax.configuration import HubertConfig
+from speech_flax.training.processes import check_agreement
 
 
 @pytest.fixture(scope="module")
@@ -138,11 +141,24 @@ def test_run_directory_of_another_experiment_is_refused(refused, corpus, tmp_pat
 
 def test_resuming_what_is_no_run_is_refused(tmp_path, capfd):
     assert main(["train", "--resume", str(tmp_path)]) == 1
-    assert "config.yaml" in capfd.readouterr().err
+    assert "holds no run to resume" in capfd.readouterr().err
+
+
+def test_resuming_with_another_configuration_is_refused(corpus, tmp_path, capfd):
+    config = write_config(tmp_path / "config.yaml", corpus, tmp_path / "run")
+    assert main(["train", f"--resume={tmp_path}", "--config", str(config)]) == 1
+    assert "leave --config out" in capfd.readouterr().err
+
+
+def test_processes_with_different_data_are_refused(monkeypatch):
+    check_agreement("the settings", "alone")
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda digest: np.stack([digest, digest, digest ^ 1]))
+    with pytest.raises(ValueError, match="the settings of process 2 differ from those of process 0"):
+        check_agreement("the settings", "text")
 
 
 def test_help_explains_every_option(capsys):
-    for command in ("train", "transcribe", "evaluate"):
+    for command in ("train", "transcribe", "evaluate", "convert"):
         with contextlib.suppress(SystemExit):
             assert main([command, "--help"]) == 0
         text = capsys.readouterr().out

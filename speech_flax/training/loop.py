@@ -11,10 +11,10 @@ from speech_flax.training.checkpoints import Checkpoints
 from speech_flax.training.corpus import Split, durations_file, open_split
 from speech_flax.training.curves import draw_curves
 from speech_flax.training.evaluation import Evaluation, describe, evaluate
-from speech_flax.training.experiment import Experiment, ExperimentError
+from speech_flax.training.experiment import Experiment, ExperimentError, experiment_yaml
 from speech_flax.training.metrics_log import check_wandb
 from speech_flax.training.optimizer import Optimizer
-from speech_flax.training.processes import StopRequest, join_processes
+from speech_flax.training.processes import StopRequest, check_agreement, join_processes
 from speech_flax.training.programs import Programs, parameter_count, use_compilation_cache
 from speech_flax.training.progress import say
 from speech_flax.training.run_directory import RunDirectory
@@ -40,6 +40,7 @@ def train(experiment: Experiment) -> dict[str, Any] | None:
     join_processes(experiment.distributed)
     use_compilation_cache(experiment.cache_directory)
     check_wandb(experiment.wandb_project)
+    check_agreement("the settings", experiment_yaml(experiment))
     run = RunDirectory(experiment)
     if (results := run.finished()) is not None:
         say(f"{run.path} holds a finished run: {_summary(results)}. Delete it or choose another run_directory.")
@@ -47,6 +48,7 @@ def train(experiment: Experiment) -> dict[str, Any] | None:
 
     mesh = make_mesh(experiment.mesh)
     splits = open_splits(experiment, mesh, run)
+    check_agreement("the training utterances", str(splits["train"].plan_record()))
     task, pretrained = make_task(experiment, splits["train"].utterances.texts())
     check_heads(mesh, task.model.config.num_attention_heads)
     warn_of_unknown_labels(splits, task)

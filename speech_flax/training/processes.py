@@ -1,10 +1,12 @@
 """Several processes that train as one, and how they are told to stop."""
 
+import hashlib
 import os
 import signal
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 
@@ -29,6 +31,21 @@ def join_processes(distributed: bool) -> None:
             f"cannot join the processes of this run ({error}); set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
             "JAX_PROCESS_ID, or leave distributed out on a single machine"
         ) from error
+
+
+def check_agreement(what: str, text: str) -> None:
+    """Refuse processes that were not given the same; each would train on something else without a word.
+
+    Raises:
+        ValueError: when ``text`` differs between processes.
+    """
+    digest = np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), np.uint8)
+    everyone = np.reshape(multihost_utils.process_allgather(digest), (-1, digest.size))
+    if different := np.flatnonzero((everyone != everyone[0]).any(axis=1)).tolist():
+        raise ValueError(
+            f"{what} of process {different[0]} differ from those of process 0; start all processes with the same "
+            "command, on the same files"
+        )
 
 
 class StopRequest:
