@@ -12,6 +12,7 @@ from tqdm import tqdm
 from speech_flax.audio.decoding import AudioError
 from speech_flax.data.plan import EMPTY_ROW, BatchPlan
 from speech_flax.data.sources import Utterances
+from speech_flax.data.speed import SpeedPerturbed
 from speech_flax.data.waveform_cache import WaveformCache
 
 IGNORED_LABEL = -100
@@ -72,7 +73,7 @@ class BatchLoader:
     def __init__(
         self,
         plan: BatchPlan,
-        utterances: Utterances,
+        utterances: Utterances | SpeedPerturbed,
         encoder: LabelEncoder,
         *,
         shard: tuple[int, int] = (0, 1),
@@ -139,7 +140,7 @@ def _let_grain_read_its_flags() -> None:
 
 def load_batches(
     plan: BatchPlan,
-    utterances: Utterances,
+    utterances: Utterances | SpeedPerturbed,
     encoder: LabelEncoder,
     first_step: int = 0,
     num_steps: int | None = None,
@@ -166,7 +167,7 @@ class _BatchReader:
     """Makes the batch of one step; runs in worker threads or processes."""
 
     plan: BatchPlan
-    utterances: Utterances
+    utterances: Utterances | SpeedPerturbed
     encoder: LabelEncoder
     label_widths: tuple[int, ...]
     label_dtype: np.dtype

@@ -16,6 +16,7 @@ from speech_flax.data.buckets import Bucket, duration_samples, suggest_buckets
 from speech_flax.data.loader import BatchLoader, LabelEncoder
 from speech_flax.data.plan import BatchPlan
 from speech_flax.data.sources import DataSource, Utterances, open_source
+from speech_flax.data.speed import SpeedPerturbed
 from speech_flax.training.experiment import DataSettings, ExperimentError
 from speech_flax.training.sharding import ShardingError, batch_divisor, process_shard
 
@@ -24,7 +25,7 @@ from speech_flax.training.sharding import ShardingError, batch_divisor, process_
 class Split:
     """Utterances of one purpose, their batch plan, and which part (index, count) of every batch this process reads."""
 
-    utterances: Utterances
+    utterances: Utterances | SpeedPerturbed
     plan: BatchPlan
     shard: tuple[int, int]
 
@@ -86,6 +87,9 @@ def open_split(
     durations = np.asarray(utterances.durations(cache))
     if not durations.any():
         _explain_unreadable(utterances)
+    if training and settings.speed_factors != (1.0,):
+        utterances = SpeedPerturbed(utterances, settings.speed_factors)
+        durations = utterances.durations()
     if planned is None:
         buckets = suggest_buckets(
             durations,

@@ -72,6 +72,7 @@ class DataSettings:
         batch_size: Utterances per step at most.
         num_buckets: Number of length buckets, each a static shape that is compiled once.
         num_workers: Threads that read and decode audio ahead of the device.
+        speed_factors: Speeds at which every training utterance is heard per epoch: [0.9, 1.0, 1.1] makes three of one.
         cache_decoded_mb: Memory for decoded audio that is kept between epochs, in MiB.
         max_bad_fraction: Share of unreadable files among those seen that stops the run.
     """
@@ -85,6 +86,7 @@ class DataSettings:
     batch_size: int = 512
     num_buckets: int = 4
     num_workers: int = 2
+    speed_factors: tuple[float, ...] = (1.0,)
     cache_decoded_mb: int = 0
     max_bad_fraction: float = 0.05
 
