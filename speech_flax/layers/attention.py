@@ -1,20 +1,26 @@
 """Multi-head self-attention with the positions of Wav2Vec2-BERT."""
 
+import math
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key, Shaped
 
 from speech_flax.configuration import Wav2Vec2BertConfig
 from speech_flax.kernels.attention import attend, attend_in_blocks
 from speech_flax.kernels.dropout import head_seeds
+from speech_flax.kernels.fused_attention import fused_attention
 from speech_flax.kernels.positions import Positions, Relative, RelativeKey
 from speech_flax.layers.feed_forward import linear
 from speech_flax.layers.positions import relative_sinusoids, rotate
+from speech_flax.layers.sharding import BATCH_AXES
 
-#: Longer inputs are attended to in blocks of queries.
+#: Where no fused formulation serves, longer inputs are attended to in blocks of queries.
 _LONGEST_WHOLE = 1024
 
 States = Float[Array, "batch frames heads head_size"]
@@ -33,8 +39,9 @@ def attention(
 ) -> tuple[Float[Array, "batch frames features"], Float[Array, "batch heads frames frames"] | None]:
     """Attention of every frame to the frames that count, scaled by the root of the head size.
 
-    Every formulation gives the numbers of :func:`~speech_flax.kernels.attention.attend`, with scores and softmax in
-    float32.
+    All formulations give the numbers of :func:`~speech_flax.kernels.attention.attend`, with scores and softmax in
+    float32. The probabilities, and the positions of Transformer-XL, take the definition itself; the rest takes what
+    is best for the platform.
 
     Args:
       query: Unscaled queries.
@@ -49,14 +56,35 @@ def attention(
     """
     batch, frames, heads, head_size = query.shape
     seeds = head_seeds(dropout_key, batch, heads) if dropout_rate else None
-    query, key, value = (states.swapaxes(1, 2) for states in (query, key, value))
     probabilities = None
-    if output_attentions or frames <= _LONGEST_WHOLE:
-        attended, probabilities = attend(query, key, value, mask, positions, dropout_rate, seeds)
+    if output_attentions or isinstance(positions, Relative):
+        states = (states.swapaxes(1, 2) for states in (query, key, value))
+        if output_attentions or frames <= _LONGEST_WHOLE:
+            attended, probabilities = attend(*states, mask, positions, dropout_rate, seeds)
+        else:
+            attended = attend_in_blocks(*states, mask, positions, dropout_rate, seeds)
+        attended = attended.swapaxes(1, 2)
     else:
-        attended = attend_in_blocks(query, key, value, mask, positions, dropout_rate, seeds)
-    attended = attended.swapaxes(1, 2).reshape(batch, frames, heads * head_size)
-    return attended, probabilities if output_attentions else None
+        attended = over_shards(partial(fused_attention, dropout_rate=dropout_rate), batch, heads)(
+            query, key, value, mask, positions, seeds
+        )
+    return attended.reshape(batch, frames, heads * head_size), probabilities if output_attentions else None
+
+
+def over_shards(function: Callable[..., States], batch: int, heads: int) -> Callable[..., States]:
+    """``function`` run by every device of the mesh on its own rows and heads.
+
+    The partitioner cannot cut a kernel: without this, every device would gather and compute the whole batch.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not set(BATCH_AXES) <= set(mesh.axis_names):
+        return function
+    rows = BATCH_AXES if batch % math.prod(mesh.shape[axis] for axis in BATCH_AXES) == 0 else None
+    by_head = "tensor" if heads % mesh.shape.get("tensor", heads + 1) == 0 else None
+    states, seeds = P(rows, None, by_head), P(rows, by_head)
+    return jax.shard_map(
+        function, in_specs=(states, states, states, P(rows), P(), seeds), out_specs=states, check_vma=False
+    )
 
 
 class SelfAttention(nn.Module):
