@@ -2,7 +2,9 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from speech_flax.kernels import tpu_attention
@@ -65,12 +67,9 @@ class FlashAttention:
         d_query, d_key, d_value, d_table = tpu_attention.backward(layout, *operands, *packed, self.interpret)
         d_query, d_key, d_value = (self._unpack(layout, states, query) for states in (d_query, d_key, d_value))
         if embeddings is not None:
-            by_lane = d_table.sum((0, 1)).reshape(-1, layout.group, layout.lanes).sum(1)[:, : query.shape[-1]]
-            used = layout.left + layout.right + 1
-            before = self.left - layout.left
-            behind = embeddings.shape[0] - before - used
-            by_lane = by_lane.at[used - 1].add(by_lane[used:].sum(0))  # the table repeats the rightmost distance
-            embeddings = jnp.pad(by_lane[:used], ((before, behind), (0, 0))).astype(embeddings.dtype)
+            by_row = d_table.sum((0, 1)).reshape(-1, layout.group, layout.lanes).sum(1)[:, : query.shape[-1]]
+            row_of = self._rows_of_table(layout, embeddings.shape[0])
+            embeddings = jax.ops.segment_sum(by_row, row_of, embeddings.shape[0]).astype(embeddings.dtype)
         return d_query, d_key, d_value, embeddings
 
     def suits(self, frames: int, head_size: int) -> bool:
@@ -85,8 +84,7 @@ class FlashAttention:
         added = jnp.pad(jnp.where(mask, 0.0, MASKED), ((0, 0), (0, padding)), constant_values=MASKED)[:, None]
         table = jnp.zeros((layout.tile, layout.tile), query.dtype)
         if embeddings is not None:
-            used = embeddings[self.left - layout.left : self.left + layout.right + 1]
-            used = jnp.pad(used, ((0, layout.table - used.shape[0]), (0, 0)), mode="edge")
+            used = embeddings[self._rows_of_table(layout, embeddings.shape[0])]
             used = jnp.pad(used, ((0, 0), (0, layout.lanes - head_size)))
             table = jnp.tile(used, (1, layout.group)).astype(query.dtype)
         states = (self._pack(layout, states) for states in (query, key, value))
@@ -99,7 +97,12 @@ class FlashAttention:
         left, right = None, 0
         if embeddings is not None:  # distances that do not occur need no place
             left, right = (min(reach, frames - 1) for reach in (self.left, embeddings.shape[0] - 1 - self.left))
+            left = round_up(left, 8)  # rows of a register, which are rolled together
         return Layout(self.tile, group, block, blocks, left, right, self.dropout_rate)
+
+    def _rows_of_table(self, layout: Layout, distances: int) -> Int[np.ndarray, "table"]:
+        """The embedding in every row of the kernels' table: those at its ends repeat the leftmost and rightmost."""
+        return np.clip(np.arange(layout.table) + self.left - layout.left, 0, distances - 1)
 
     def _pack(self, layout: Layout, states: States) -> Float[Array, "batch padded lanes"]:
         batch, frames, heads, head_size = states.shape
