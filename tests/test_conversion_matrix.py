@@ -40,9 +40,10 @@ FORMS = (
     "float16",
     "bfloat16",
 )
-#: Every form once, spread over the models; and every model as safetensors.
+#: Every model as safetensors, and every form of one model of each family.
 CELLS = [(model, "safetensors") for model in MODELS] + [
-    (model, form) for model in ("hubert large ctc", "w2v-bert rotary adapter ctc") for form in FORMS[1:]
+    *(("hubert large ctc", form) for form in FORMS[1:]),
+    *(("w2v-bert rotary adapter ctc", form) for form in ("sharded safetensors", "bin", "bfloat16")),
 ]
 
 
