@@ -15,7 +15,7 @@ from speech_flax.training.experiment import Experiment, ExperimentError, experim
 from speech_flax.training.metrics_log import check_wandb
 from speech_flax.training.optimizer import Optimizer
 from speech_flax.training.processes import StopRequest, check_agreement, join_processes
-from speech_flax.training.programs import Programs, parameter_count, use_compilation_cache
+from speech_flax.training.programs import Programs, parameter_count, training_programs, use_compilation_cache
 from speech_flax.training.progress import say
 from speech_flax.training.run_directory import RunDirectory
 from speech_flax.training.sharding import check_heads, make_mesh
@@ -55,14 +55,7 @@ def train(experiment: Experiment) -> dict[str, Any] | None:
     loaders = {
         name: split.loader(task.label_encoder, experiment.data, task.label_dtype) for name, split in splits.items()
     }
-    programs = Programs(
-        task,
-        Optimizer(experiment.optimizer, experiment.steps, experiment.model.frozen),
-        mesh,
-        seed=experiment.seed,
-        accumulation=experiment.accumulation,
-        spike_factor=experiment.optimizer.spike_factor,
-    )
+    programs = training_programs(experiment, task, mesh)
 
     run.open(experiment, splits["train"].plan_record())  # nothing is written before: all that can be wrong is checked
     say(splits["train"].plan.summary())

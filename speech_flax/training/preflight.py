@@ -5,32 +5,23 @@ and without a TPU.
 """
 
 import dataclasses
-import re
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from speech_flax.configuration import HubertConfig
-from speech_flax.training.bundles import read_cycles
 from speech_flax.training.estimate import Estimate, estimate
 from speech_flax.training.experiment import Experiment
 from speech_flax.training.flops import forward_flops, training_flops
 from speech_flax.training.hlo import parse_program
-from speech_flax.training.optimizer import Optimizer
-from speech_flax.training.preflight_plan import BucketShape, PreflightPlan, empty_batch, plan_preflight
-from speech_flax.training.programs import Programs
+from speech_flax.training.preflight_plan import BucketShape, PreflightPlan, plan_preflight
+from speech_flax.training.programs import Programs, training_programs
 from speech_flax.training.sharding import check_heads, make_mesh
+from speech_flax.training.step_compiler import compile_step
 from speech_flax.training.tpu_slices import Slice, prepare_compiler, slice_devices
-
-
-class PreflightError(ValueError):
-    """A program that the TPU compiler refuses for another reason than its size."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,27 +103,18 @@ def preflight(experiment: Experiment, slice_: Slice, *, detailed: bool = False, 
     Raises:
         SliceError: the slice does not exist, or the TPU compiler is not installed.
         ExperimentError, ShardingError: for what is wrong with the experiment.
-        PreflightError: when the compiler refuses a program for another reason than its size.
+        StepCompilerError: when the compiler refuses a program for another reason than its size.
     """
-    with tempfile.TemporaryDirectory(prefix="speech_flax_preflight") as directory:
-        dump = Path(directory) if detailed else None
-        prepare_compiler(dump)
-        mesh = make_mesh(experiment.mesh, slice_devices(slice_))
-        plan = plan_preflight(experiment, mesh)
-        check_heads(mesh, plan.task.model.config.num_attention_heads)
-        programs = Programs(
-            plan.task,
-            Optimizer(experiment.optimizer, experiment.steps, experiment.model.frozen),
-            mesh,
-            seed=experiment.seed,
-            accumulation=experiment.accumulation,
-            spike_factor=experiment.optimizer.spike_factor,
-        )
-        compiler = _BucketCompiler(experiment, slice_, mesh, plan, programs, dump)
-        buckets = []
-        for shape in plan.buckets:
-            say(f"compiling {shape.rows} x {shape.max_seconds:g} s for {slice_.name}")
-            buckets.append(compiler.report(shape))
+    prepare_compiler()
+    mesh = make_mesh(experiment.mesh, slice_devices(slice_))
+    plan = plan_preflight(experiment, mesh)
+    check_heads(mesh, plan.task.model.config.num_attention_heads)
+    programs = training_programs(experiment, plan.task, mesh)
+    reporter = _BucketReporter(experiment, slice_, plan, programs, detailed)
+    buckets = []
+    for shape in plan.buckets:
+        say(f"compiling {shape.rows} x {shape.max_seconds:g} s for {slice_.name}")
+        buckets.append(reporter.report(shape))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(programs.abstract_state.params))
     return Preflight(
         slice_.name,
@@ -157,15 +139,6 @@ def bytes_per_chip(tree: Any) -> int:
     )
 
 
-def refused_memory(message: str) -> int | None:
-    """Bytes that a program would need, from the compiler's message that it does not fit; ``None`` for other errors."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
-    if found is None:
-        return None
-    scale = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[found.group(2)]
-    return int(float(found.group(1)) * scale)
-
-
 def largest_rows(memory: Memory, rows: float, fixed: int, usable_share: float = 0.97) -> int:
     """Rows per chip that fit, if memory beyond ``fixed`` bytes grows in proportion to them; 0 when none does.
 
@@ -178,24 +151,14 @@ def largest_rows(memory: Memory, rows: float, fixed: int, usable_share: float = 
     return max(0, int((memory.usable * usable_share - fixed) / per_row))
 
 
-class _BucketCompiler:
-    """Compiles the step of one bucket after another, and looks at what comes out."""
+class _BucketReporter:
+    """Has the step of one bucket after another compiled, and looks at what comes out."""
 
-    def __init__(
-        self,
-        experiment: Experiment,
-        slice_: Slice,
-        mesh: Mesh,
-        plan: PreflightPlan,
-        programs: Programs,
-        dump: Path | None,
-    ):
+    def __init__(self, experiment: Experiment, slice_: Slice, plan: PreflightPlan, programs: Programs, detailed: bool):
         self.experiment = experiment
         self.slice = slice_
-        self.mesh = mesh
         self.plan = plan
-        self.programs = programs
-        self.dump = dump
+        self.detailed = detailed
         self.parameters = bytes_per_chip(programs.abstract_state.params)
         self.optimizer = bytes_per_chip(programs.abstract_state.optimizer)
 
@@ -203,33 +166,20 @@ class _BucketCompiler:
         """Compile for one shape.
 
         Raises:
-            PreflightError: when the compiler refuses the program for another reason than its size.
+            StepCompilerError: when the compiler refuses the program for another reason than its size.
         """
-        for file in self.dump.iterdir() if self.dump is not None else ():
-            file.unlink()
-        batch = empty_batch(shape, self.plan.task, self.mesh)
         began = time.monotonic()
-        compiled, refused = None, None
-        try:
-            compiled = self.programs.compile(batch, training=True)
-            peak = compiled.memory_analysis().peak_memory_in_bytes
-        except jax.errors.JaxRuntimeError as error:
-            peak = refused = refused_memory(str(error))
-            if peak is None:
-                reason = " ".join(str(error).split())[:300]
-                size = f"{shape.rows} x {shape.max_seconds:g} s"
-                raise PreflightError(f"the TPU compiler refuses {size}: {reason}") from error
+        compiled = compile_step(self.experiment, self.slice, shape, machine_code=self.detailed)
+        seconds = time.monotonic() - began
         rows = shape.rows / self.slice.num_chips
-        per_row = round(shape.max_seconds * 16_000) * 4 + shape.max_labels * 4
-        memory = Memory(int(self.slice.chip.memory_bytes), peak, self.parameters, self.optimizer, int(rows * per_row))
-        report = BucketReport(
-            shape, rows, memory, largest_rows(memory, rows, 2 * self.parameters + self.optimizer),
-            time.monotonic() - began,
-        )  # fmt: skip
-        if refused is not None:
+        batch = int(rows * (round(shape.max_seconds * 16_000) + shape.max_labels) * 4)
+        usable = int(self.slice.chip.memory_bytes)
+        memory = Memory(usable, compiled.peak_bytes, self.parameters, self.optimizer, batch)
+        most = largest_rows(memory, rows, 2 * self.parameters + self.optimizer)
+        report = BucketReport(shape, rows, memory, most, seconds)
+        if not compiled.text:
             return report
-        cycles = read_cycles(self.dump) if self.dump is not None else None
-        return self._with_times(report, estimate(parse_program(compiled.as_text()), self.slice.chip, cycles))
+        return self._with_times(report, estimate(parse_program(compiled.text), self.slice.chip, compiled.cycles))
 
     def _with_times(self, report: BucketReport, estimated: Estimate) -> BucketReport:
         shape, task = report.shape, self.plan.task

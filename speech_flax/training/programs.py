@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from speech_flax.data.loader import Batch
+from speech_flax.training.experiment import Experiment
 from speech_flax.training.optimizer import Optimizer
 from speech_flax.training.sharding import batch_sharding, process_shard, state_shardings, to_global
 from speech_flax.training.step import StepMetrics, TrainState, evaluation_step, train_step
@@ -108,6 +109,18 @@ class Programs:
     def predict(self, params: PyTree, batch: Batch) -> RowResults:
         """Predictions and losses of one batch."""
         return self.compile(batch, training=False)(params, to_global(device_arrays(batch), self.mesh))
+
+
+def training_programs(experiment: Experiment, task: Task, mesh: Mesh) -> Programs:
+    """The programs that ``experiment`` trains with."""
+    return Programs(
+        task,
+        Optimizer(experiment.optimizer, experiment.steps, experiment.model.frozen),
+        mesh,
+        seed=experiment.seed,
+        accumulation=experiment.accumulation,
+        spike_factor=experiment.optimizer.spike_factor,
+    )
 
 
 def _in_shards(array: np.ndarray, sharding: NamedSharding) -> jax.Array:

@@ -83,13 +83,14 @@ def parse_slice(name: str) -> Slice:
     return Slice(chip, sizes)
 
 
-def prepare_compiler(dump_directory: Path | None = None) -> None:
+def prepare_compiler(*, programs: Path | None = None, machine_code: Path | None = None) -> None:
     """Set up this process to compile for TPUs that it does not have; it then computes on the CPU alone.
 
     To be called before JAX looks for devices: the TPU library reads its environment once, when it is loaded.
 
     Args:
-        dump_directory: Where the compiler writes its final instructions.
+        programs: Directory to which the compiler writes the programs that it optimised, and how they use memory.
+        machine_code: Directory to which it writes its final instructions.
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
     jax.config.update("jax_platforms", "cpu")
@@ -100,13 +101,19 @@ def prepare_compiler(dump_directory: Path | None = None) -> None:
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no device is opened, so that there is nothing to lock
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
-    if dump_directory is not None:
-        arguments = [
-            f"--xla_jf_dump_to={dump_directory}",
+    if programs is not None:
+        _add_to_environment("XLA_FLAGS", f"--xla_dump_to={programs}", "--xla_dump_hlo_as_text")
+    if machine_code is not None:
+        _add_to_environment(
+            "LIBTPU_INIT_ARGS",
+            f"--xla_jf_dump_to={machine_code}",
             "--xla_jf_dump_llo_text=true",
             "--xla_jf_dump_llo_pass_label_regex=^final_bundles$",
-        ]
-        os.environ["LIBTPU_INIT_ARGS"] = " ".join([os.environ.get("LIBTPU_INIT_ARGS", ""), *arguments]).strip()
+        )
+
+
+def _add_to_environment(name: str, *flags: str) -> None:
+    os.environ[name] = " ".join([os.environ.get(name, ""), *flags]).strip()
 
 
 def slice_devices(slice_: Slice) -> list[Any]:

@@ -1,0 +1,69 @@
+"""The compiled training step on TPU slices: what its chips send each other. Needs the TPU compiler, and no TPU."""
+
+import math
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from speech_flax.data.sources import DataSource
+from speech_flax.training.experiment import DataSettings, Experiment, MeshSettings, ModelSettings
+from speech_flax.training.hlo import Instruction, Program, parse_program
+from speech_flax.training.preflight_plan import BucketShape
+from speech_flax.training.step_compiler import compile_step
+from speech_flax.training.tpu_slices import parse_slice
+
+pytestmark = pytest.mark.tpu
+
+SECONDS = 20.4
+FRAMES = 1019  # of feature frames in that time: a prime, which divides the dimensions of activations and no others
+WHOLE_WEIGHT = 1024 * 1024  # elements of the smallest matrix of a layer; all are sharded under fsdp
+TRAVELS = ("all-gather", "all-to-all", "collective-permute", "reduce-scatter", "ragged-all-to-all")
+
+
+@pytest.fixture(scope="module", params=["v5e:4x4", "v5p:2x2x2"])
+def program(request) -> Program:
+    """The step of a shallow Wav2Vec2-BERT of real width, with parameters sharded over all chips, two rows on each."""
+    slice_ = parse_slice(request.param)
+    experiment = Experiment(
+        DataSettings(DataSource("owner/corpus", max_seconds=SECONDS), num_buckets=1),
+        "runs/none",
+        model=ModelSettings(config={"num_hidden_layers": 2, "layerdrop": 0.0}, dtype="bfloat16", remat="full"),
+        mesh=MeshSettings(data=1, fsdp=-1),
+    )
+    shape = BucketShape(SECONDS, 2 * slice_.num_chips, 512, 1.0)
+    step = compile_step(experiment, slice_, shape, machine_code=False)
+    assert step.text, f"{step.peak_bytes} bytes do not fit"
+    return parse_program(step.text)
+
+
+def communications(program: Program, *kinds: str) -> Iterator[tuple[Instruction, list[tuple[int, ...]]]]:
+    """Instructions that communicate, those of loops and branches included, and the shapes that they move."""
+    for _, instruction, _ in program.walk():
+        if instruction.collective in kinds:
+            arrays = re.findall(r"\b[a-z]+\d+\[([\d,]*)\]", instruction.type)
+            yield instruction, [tuple(int(size) for size in shape.split(",") if size) for shape in arrays]
+
+
+def test_activations_stay_where_their_rows_are(program):
+    moved = [
+        f"{instruction.collective} {instruction.type} {instruction.op_name}"
+        for instruction, shapes in communications(program, *TRAVELS)
+        if any(size % FRAMES == 0 for shape in shapes for size in shape)
+    ]
+    assert not moved
+
+
+def test_no_gradient_of_a_sharded_weight_is_reduced_whole(program):
+    whole = [
+        f"{instruction.type} {instruction.op_name}"
+        for instruction, shapes in communications(program, "all-reduce")
+        if any(math.prod(shape) >= WHOLE_WEIGHT for shape in shapes)
+    ]
+    assert not whole
+
+
+def test_weights_do_travel(program):
+    """Without it the tests above would pass on a program that shards nothing."""
+    names = [instruction.op_name for instruction, _ in communications(program, *TRAVELS)]
+    assert sum("/layers/" in name and "intermediate_dense" in name for name in names) >= 4
