@@ -1,9 +1,21 @@
 import jiwer
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speech_flax.metrics import ErrorRate, character_error_rate, word_error_rate
+from speech_flax.metrics import (
+    ErrorRate,
+    FrameCounts,
+    accuracy,
+    character_error_rate,
+    equal_error_rate,
+    macro_f1,
+    mean_absolute_error,
+    mean_squared_error,
+    pearson_correlation,
+    word_error_rate,
+)
 
 SENTENCES = st.lists(st.sampled_from(["a", "b", "ab", "", " "]), max_size=6).map(" ".join)
 CORPORA = st.lists(st.tuples(SENTENCES, SENTENCES), max_size=6)
@@ -67,3 +79,46 @@ def test_what_cannot_be_compared_is_refused():
         word_error_rate(["a", "b"], ["a"])
     with pytest.raises(TypeError, match="lists of strings"):
         character_error_rate("abc", ["abc"])
+
+
+def test_classes_are_scored_by_accuracy_and_mean_f1():
+    references, predictions = list("aabbc"), list("abbbd")
+    assert accuracy(references, predictions) == pytest.approx(3 / 5)
+    # F1 of a: 2/3, of b: 4/5, of c and d, which never meet: 0
+    assert macro_f1(references, predictions) == pytest.approx((2 / 3 + 4 / 5) / 4)
+
+
+def test_frames_are_counted_by_frame_and_by_label():
+    reference = np.array([[1, 0], [1, 1], [0, 0], [0, 1]], bool)
+    prediction = np.array([[1, 0], [1, 0], [0, 1], [0, 1]], bool)
+    counts = FrameCounts.of(reference, prediction)
+    assert counts == FrameCounts(frames=4, wrong_frames=2, hits=3, misses=1, false_alarms=1)
+    assert (counts + counts).error_rate == 0.5 and counts.f1 == pytest.approx(6 / 8)
+    silent = np.zeros((2, 1), bool)
+    assert FrameCounts.of(silent, silent).f1 == 1
+
+
+def test_values_are_scored():
+    assert mean_squared_error([1.0, 2.0], [2.0, 4.0]) == 2.5 and mean_absolute_error([1.0, 2.0], [2.0, 4.0]) == 1.5
+    assert pearson_correlation([1.0, 2.0, 3.0], [2.0, 4.0, 6.0]) == pytest.approx(1)
+    assert pearson_correlation([1.0, 2.0, 3.0], [5.0, 5.0, 5.0]) == 0
+
+
+@pytest.mark.parametrize(
+    ("same", "different", "expected"),
+    [
+        ([0.8, 0.9], [0.1, 0.2], 0.0),
+        ([0.1, 0.2], [0.8, 0.9], 1.0),
+        ([0.15, 0.9], [0.1, 0.2], 0.5),
+        ([0.5, 0.5], [0.5, 0.5], 0.5),
+        ([0.3, 0.7, 0.8, 0.9], [0.1, 0.2, 0.25, 0.6], 0.25),
+    ],
+)
+def test_equal_error_rate_is_where_both_kinds_of_errors_are_alike(same, different, expected):
+    labels = np.array([True] * len(same) + [False] * len(different))
+    assert equal_error_rate(np.array(same + different), labels) == pytest.approx(expected)
+
+
+def test_equal_error_rate_needs_both_kinds_of_trials():
+    with pytest.raises(ValueError, match="both kinds"):
+        equal_error_rate(np.array([0.1, 0.2]), np.array([True, True]))

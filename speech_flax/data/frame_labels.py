@@ -59,7 +59,7 @@ class FrameEncoder:
             return self._of_segments(entries, text)
         return [*(self._of_entry(entry, text) for entry in entries), IGNORED_LABEL]
 
-    def _of_segments(self, segments: list[Segment], text: str) -> list[int]:
+    def _of_segments(self, segments: tuple[Segment, ...], text: str) -> list[int]:
         count = max((math.ceil(segment.end / self.frame_seconds) for segment in segments), default=0)
         frames = [0] * (count + 1)
         for segment in segments:
