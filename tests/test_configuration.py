@@ -1,0 +1,113 @@
+"""Configurations: the fields and files of Transformers, and what is refused."""
+
+import json
+
+import pytest
+import transformers
+
+from speech_flax.configuration import HubertConfig, Wav2Vec2BertConfig
+
+FAMILIES = [(Wav2Vec2BertConfig, transformers.Wav2Vec2BertConfig), (HubertConfig, transformers.HubertConfig)]
+
+#: Fields as Transformers 4.37.2 writes them to config.json, its own additions included.
+OLD_FILE = {
+    "model_type": "wav2vec2-bert",
+    "architectures": ["Wav2Vec2BertForCTC"],
+    "transformers_version": "4.37.2",
+    "torch_dtype": "float32",
+    "vocab_size": 32,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "adapter_kernel_size": 3,
+    "mask_time_prob": 0,
+    "tdnn_dim": [8, 8],
+    "codevector_dim": 768,
+    "id2label": {"0": "no", "1": "yes", "10": "perhaps"},
+    "label2id": {"no": 0, "yes": 1, "perhaps": 10},
+}
+
+
+@pytest.mark.parametrize(("ours", "theirs"), FAMILIES)
+def test_defaults_are_those_of_transformers(ours, theirs):
+    fields, expected = ours().to_dict(), theirs().to_dict()
+    shared = set(fields) & set(expected)
+    assert {"hidden_size", "layerdrop", "mask_time_min_masks", "ctc_loss_reduction", "id2label"} <= shared
+    for name in shared - {"architectures"}:
+        value = list(fields[name]) if isinstance(fields[name], tuple) else fields[name]
+        other = {str(key): label for key, label in expected[name].items()} if name == "id2label" else expected[name]
+        assert value == (list(other) if isinstance(other, tuple) else other), name
+
+
+@pytest.mark.parametrize(("ours", "theirs"), FAMILIES)
+def test_files_go_to_transformers_and_back(ours, theirs, tmp_path):
+    changes = {"hidden_size": 48, "num_attention_heads": 4, "layerdrop": 0.0, "num_labels": 3, "vocab_size": 40}
+    config = ours().replace(**changes)
+    config.save_pretrained(tmp_path / "ours")
+    loaded = theirs.from_pretrained(tmp_path / "ours")
+    assert {name: getattr(loaded, name) for name in changes} == changes
+    loaded.save_pretrained(tmp_path / "theirs")
+    back = ours.from_pretrained(tmp_path / "theirs")
+    assert back.replace(architectures=None) == ours.from_dict(back.to_dict()).replace(architectures=None)
+    for name in ours.field_names():
+        assert getattr(back, name) == getattr(config, name), name
+
+
+def test_files_of_transformers_4_are_read_and_their_other_fields_kept(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(OLD_FILE))
+    config = Wav2Vec2BertConfig.from_pretrained(tmp_path)
+    assert config.architectures == ("Wav2Vec2BertForCTC",)
+    assert config.tdnn_dim == (8, 8)
+    assert config.mask_time_prob == 0.0 and isinstance(config.mask_time_prob, float)
+    config.save_pretrained(tmp_path / "copy")
+    written = json.loads((tmp_path / "copy" / "config.json").read_text())
+    for name in ("transformers_version", "torch_dtype", "codevector_dim", "hidden_size", "tdnn_dim"):
+        assert written[name] == OLD_FILE[name]
+    assert "additional_fields" not in written and "compatibility" not in written
+
+
+def test_configurations_can_be_hashed_and_changed():
+    config = Wav2Vec2BertConfig(vocab_size=10)
+    assert hash(config) == hash(Wav2Vec2BertConfig(vocab_size=10))
+    assert config.replace(hidden_size=64, num_attention_heads=4).output_hidden_size == 64
+    assert config.replace(output_hidden_size=32, hidden_size=64).output_hidden_size == 32
+    assert config.replace(num_labels=5).id2label[4] == "LABEL_4"
+    assert (
+        Wav2Vec2BertConfig.from_dict(config.replace(compatibility="corrected").to_dict()).compatibility == "corrected"
+    )
+    assert config.inputs_to_logits_ratio == 320
+    assert config.replace(add_adapter=True, num_adapter_layers=2).inputs_to_logits_ratio == 1280
+    assert HubertConfig().inputs_to_logits_ratio == 320
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"position_embeddings_type": "absolute"}, "must be 'relative_key', 'relative', 'rotary' or None"),
+        ({"conv_depthwise_kernel_size": 4}, "must be odd, not 4"),
+        ({"use_intermediate_ffn_before_adapter": True}, "needs add_adapter"),
+        ({"hidden_size": 10, "num_attention_heads": 3}, "hidden_size 10 is not a multiple of num_attention_heads 3"),
+        ({"ctc_loss_reduction": "average"}, "'sum', 'mean' or 'none', not 'average'"),
+        ({"compatibility": "transformers"}, "compatibility must be one of"),
+        ({"model_type": "wav2vec2"}, "a 'wav2vec2' model, not of 'wav2vec2-bert'"),
+    ],
+)
+def test_impossible_values_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Wav2Vec2BertConfig.from_dict(fields)
+
+
+def test_wrong_types_and_unknown_names_are_refused():
+    for name, value in {"hidden_size": "64", "layerdrop": True, "tdnn_dim": [1, "2"], "hidden_act": 3}.items():
+        with pytest.raises(TypeError, match=f"config field '{name}"):
+            Wav2Vec2BertConfig.from_dict({name: value})
+    with pytest.raises(TypeError, match="has no field 'hiden_size'"):
+        Wav2Vec2BertConfig().replace(hiden_size=3)
+
+
+def test_broken_files_are_refused_by_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
+        Wav2Vec2BertConfig.from_pretrained(tmp_path)
+    for content, message in (("{", "is not valid JSON"), ("[]", "does not hold a JSON object")):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=rf"config\.json {message}"):
+            Wav2Vec2BertConfig.from_pretrained(tmp_path)
