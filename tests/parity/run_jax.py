@@ -15,7 +15,7 @@ from .variant import BATCHES, Variant, inputs, probe, random_weight
 
 _FLOAT_INPUTS = ("input_features", "input_values")
 #: The same operations in the same order, but machine code that is made twice as fast: these models run twice.
-_QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def build(variant: Variant, compatibility: str = "transformers-4.37", **changes: Any) -> tuple[Any, Any]:
@@ -39,7 +39,7 @@ def compute(module: Any, has_labels: bool) -> Callable[..., tuple[Any, Any, Any]
         last = output.to_tuple()[0]
         return (last * probe(last.shape)).sum(), output
 
-    @partial(jax.jit, compiler_options=_QUICK)
+    @partial(jax.jit, compiler_options=QUICK)
     def run(params: Any, arguments: dict[str, jax.Array]) -> tuple[Any, Any, Any]:
         (loss, output), gradients = jax.value_and_grad(loss_and_output, has_aux=True)(params, arguments)
         return loss, output, gradients
