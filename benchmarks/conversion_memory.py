@@ -52,13 +52,14 @@ def write_random_model(size: str, directory: Path) -> int:
     return (directory / "model.safetensors").stat().st_size
 
 
-def measure(arguments: list[str]) -> tuple[float, float, int]:
-    """Peak memory [bytes], wall-clock seconds and exit code of a conversion."""
+def measure(arguments: list[str], output: int | None = None) -> tuple[float, float, float, int]:
+    """Peak memory [bytes], wall-clock and CPU seconds, and exit code of a conversion."""
     command = [sys.executable, "-m", "speech_flax.cli", "convert", *arguments]
     started = time.monotonic()
-    process = subprocess.Popen(command, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    process = subprocess.Popen(command, stdout=output, env={**os.environ, "JAX_PLATFORMS": "cpu"})
     _, status, usage = os.wait4(process.pid, 0)
-    return usage.ru_maxrss * 1024, time.monotonic() - started, os.waitstatus_to_exitcode(status)
+    seconds, of_cpu = time.monotonic() - started, usage.ru_utime + usage.ru_stime
+    return usage.ru_maxrss * 1024, seconds, of_cpu, os.waitstatus_to_exitcode(status)
 
 
 def main() -> int:
@@ -81,19 +82,16 @@ def main() -> int:
         if options.check:
             report = ["--report", options.report] if options.report else []
             steps["compare with PyTorch"] = [str(root / "ours"), "--check", *report]
-        idle, _, _ = measure(["--help"])
+        idle, *_ = measure(["--help"], subprocess.DEVNULL)
         print(
             f"{options.size}: {file / 2**30:.2f} GiB; a process that only explains itself needs {idle / 2**30:.2f} GiB"
         )
         failed = False
         for name, arguments in steps.items():
-            peak, seconds, code = measure(arguments)
+            peak, seconds, of_cpu, code = measure(arguments)
             failed |= code != 0 or (not name.startswith("compare") and peak > _LIMIT * file)
-            print(
-                f"{name:<26} peak {peak / 2**30:5.2f} GiB = {peak / file:4.2f} x the file, {seconds:6.1f} s, "
-                f"{file / 2**20 / seconds:6.0f} MiB/s, exit code {code}",
-                flush=True,
-            )
+            print(f"{name:<26} peak {peak / 2**30:5.2f} GiB = {peak / file:4.2f} x the file, exit code {code}")
+            print(f"{'':<26} {seconds:.1f} s, {of_cpu:.1f} s of CPU, {file / 2**20 / seconds:.0f} MiB/s", flush=True)
         first, last = (root / name / "model.safetensors" for name in ("source", "back"))
         print(f"back is {'bit-identical' if same_tensors(first, last) else 'DIFFERENT'}")
     print(
