@@ -7,8 +7,9 @@ import logging
 import re
 import typing
 from collections.abc import Iterable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
@@ -146,10 +147,11 @@ def _name_new_parts(matching: Matching, directory: Path) -> None:
         logger.warning("%s: this model has no place for %s, which are left out", directory, ", ".join(unused))
 
 
-def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+@lru_cache(maxsize=8)
+def parameter_shapes(module: nn.Module) -> Mapping[str, tuple[int, ...]]:
     """Shape of every parameter of ``module`` by path; nothing is computed."""
     abstract = jax.eval_shape(partial(module.init, jax.random.key(0)), example_input(module.config))
-    return {path: tuple(leaf.shape) for path, leaf in flat(abstract["params"]).items()}
+    return MappingProxyType({path: tuple(leaf.shape) for path, leaf in flat(abstract["params"]).items()})
 
 
 def example_input(config: SpeechConfig) -> np.ndarray:

@@ -4,12 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
+import h5py
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
 import transformers
 from conversion_fixtures import (
+    LARGE,
     MODELS,
     fairseq2_file,
     fairseq_file,
@@ -38,9 +40,10 @@ FORMS = (
     "float16",
     "bfloat16",
 )
-#: Every form once, spread over the models; and every model as safetensors.
+#: Every model as safetensors, and every form of one model of each family.
 CELLS = [(model, "safetensors") for model in MODELS] + [
-    (model, form) for model in ("hubert large ctc", "w2v-bert rotary adapter ctc") for form in FORMS[1:]
+    *(("hubert large ctc", form) for form in FORMS[1:]),
+    *(("w2v-bert rotary adapter ctc", form) for form in ("sharded safetensors", "bin", "bfloat16")),
 ]
 
 
@@ -237,3 +240,36 @@ def test_processor_files_come_along(tmp_path):
         "vocab.json",
         "tokenizer_config.json",
     }
+
+
+def test_weights_that_tensorflow_wrote_are_read(tmp_path):
+    """The file itself is made by TensorFlow; that the model computes the same is tested with the model."""
+    fixture = Path(__file__).parent / "tensorflow_hubert"
+    assert main([str(fixture), str(tmp_path / "ours")]) == 0
+    with h5py.File(fixture / "tf_model.h5") as file:
+        kernel = file["hubert/tf_hubert_for_ctc/hubert/encoder/layers.1/attention/q_proj/kernel:0"][()]
+    model = transformers.HubertForCTC.from_pretrained(tmp_path / "ours", dtype=torch.float32)
+    np.testing.assert_array_equal(tensors_of(model)["hubert.encoder.layers.1.attention.q_proj.weight"], kernel.T)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "fields"),
+    [
+        ("HubertForCTC", {}),
+        ("HubertForCTC", {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
+                          "intermediate_size": 4096, **LARGE}),
+        ("Wav2Vec2BertForCTC", {"vocab_size": 32}),
+    ],
+    ids=["hubert-base", "hubert-large", "w2v-bert-2.0"],
+)  # fmt: skip
+def test_full_size_models_go_there_and_back_and_compute_the_same(tmp_path, architecture, fields):
+    model_class = getattr(transformers, architecture)
+    model_class(model_class.config_class(**fields)).save_pretrained(tmp_path / "source")
+    assert main([str(tmp_path / "source"), str(tmp_path / "orbax"), "--to", "orbax"]) == 0
+    assert main([str(tmp_path / "orbax"), str(tmp_path / "back"), "--to", "torch"]) == 0
+    source = read_safetensors(tmp_path / "source/model.safetensors")
+    back = read_safetensors(tmp_path / "back/model.safetensors")
+    assert set(source) == set(back)
+    assert all(source[name].read().tobytes() == back[name].read().tobytes() for name in source)
+    assert main([str(tmp_path / "back"), "--check"]) == 0

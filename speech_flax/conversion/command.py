@@ -7,8 +7,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from speech_flax.conversion.convert import ConversionError, Plan, convert, parameters, plan
 from speech_flax.conversion.published import PUBLISHED
 from speech_flax.conversion.source import open_source
@@ -132,7 +130,7 @@ def _check(planned: Plan, options: argparse.Namespace) -> bool:
                 return True
         evidence = check(
             checked.module,
-            parameters(checked, np.dtype(np.float32)),
+            parameters(checked),
             read_reference(file),
             directory=checked.source.path,
             dtype=options.dtype,
@@ -170,7 +168,7 @@ def _check_published(planned: Plan, options: argparse.Namespace) -> bool:
     example = PUBLISHED[options.check_published]
     files = None if options.published_files is None else Path(options.published_files)
     directory = planned.source.path if planned.source.path.is_dir() else planned.source.path.parent
-    params = parameters(planned, np.dtype(np.float32))
+    params = parameters(planned)
     comparisons = check_published(example, planned.module, params, directory, files)
     for one in comparisons:
         sign = "same" if one.passed else "DIFFERENT"

@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import flax.linen as nn
@@ -21,6 +22,7 @@ from speech_flax.conversion.orbax_directory import write_orbax_directory
 from speech_flax.conversion.rules import NameTable, Place
 from speech_flax.conversion.safetensors_file import write_safetensors
 from speech_flax.conversion.source import Source
+from speech_flax.conversion.stored_tensor import StoredTensor
 from speech_flax.conversion.transformers_directory import SAFETENSORS
 from speech_flax.conversion.transformers_names import TRANSFORMERS, transformers_layout
 from speech_flax.conversion.tree import leaf_places, nested, parts
@@ -260,21 +262,39 @@ def _with_progress(items: Iterable, layout: Mapping[str, tuple[Sequence[int], np
 
 
 def _write_orbax(plan: Plan, directory: Path) -> None:
-    write_orbax_directory(directory, parameters(plan))
+    leaves = _leaves(plan)
+    sizes = sum(int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize for leaf in leaves.values())
+    with tqdm(total=sizes, unit="B", unit_scale=True, desc="converting", disable=None, leave=False) as bar:
+
+        def counted(leaf: StoredTensor) -> np.ndarray:
+            value = leaf.read()
+            bar.update(value.nbytes)
+            return value
+
+        counting = {path: dataclasses.replace(leaf, read=partial(counted, leaf)) for path, leaf in leaves.items()}
+        write_orbax_directory(directory, counting)
 
 
-def parameters(plan: Plan, dtype: np.dtype | None = None) -> PyTree:
-    """The whole tree on the host, in ``dtype`` or else in the types of the source."""
+def parameters(plan: Plan) -> PyTree:
+    """The whole tree in float32, on the host."""
+    return nested({path: leaf.read().astype(np.float32, copy=False) for path, leaf in _leaves(plan).items()})
+
+
+def _leaves(plan: Plan) -> dict[str, StoredTensor]:
+    """Every leaf by path, encoder layers stacked, in the types of the source; read when asked for."""
     new = _new_leaves(plan)
-    layout = {
-        path: (shape, dtype or _dtype(plan, next(leaf_places(path, shape)))) for path, shape in plan.shapes.items()
-    }
-    leaves = {}
-    for path, (shape, stored) in _with_progress(layout.items(), layout, len(layout)):
-        leaves[path] = np.empty(shape, stored)
-        for place, part in zip(leaf_places(path, shape), parts(path, leaves[path]), strict=True):
+
+    def read(path: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        leaf = np.empty(shape, dtype)
+        for place, part in zip(leaf_places(path, shape), parts(path, leaf), strict=True):
             part[...] = _read(plan, place, new)
-    return nested(leaves)
+        return leaf
+
+    types = {path: _dtype(plan, next(leaf_places(path, shape))) for path, shape in plan.shapes.items()}
+    return {
+        path: StoredTensor(shape, types[path], partial(read, path, shape, types[path]))
+        for path, shape in plan.shapes.items()
+    }
 
 
 def _saved_config(plan: Plan) -> SpeechConfig:

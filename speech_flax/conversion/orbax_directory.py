@@ -1,10 +1,11 @@
 """Parameters as an orbax checkpoint: ``config.json`` and ``params/``, encoder layers stacked."""
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jaxtyping import PyTree
 
 from speech_flax.conversion.rules import Place
 from speech_flax.conversion.stored_tensor import CheckpointFileError, StoredTensor
@@ -18,12 +19,27 @@ def is_orbax_directory(directory: Path) -> bool:
     return (directory / _PARAMS).is_dir()
 
 
-def write_orbax_directory(directory: Path, params: PyTree) -> None:
-    """Write ``params`` below ``directory``, with the types that they have."""
+def write_orbax_directory(directory: Path, leaves: Mapping[str, StoredTensor]) -> None:
+    """Write the leaves of a tree by path below ``directory``, with the types that they have.
+
+    orbax wants whole trees and keeps two more copies of them while it writes. Handed one leaf after the other, it needs
+    memory for the largest alone.
+    """
     import orbax.checkpoint as ocp
 
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(directory.resolve() / _PARAMS, params)
+    class LeafByLeaf(ocp.type_handlers.NumpyHandler):
+        """Reads a leaf when its turn has come, and waits until it is written."""
+
+        async def serialize(self, values: Any, infos: Any, args: Any = None) -> list[Any]:
+            for leaf, info, arguments in zip(values, infos, args, strict=True):
+                for written in await super().serialize([leaf.read()], [info], [arguments]):
+                    written.result()
+            return []
+
+    registry = ocp.type_handlers.create_type_handler_registry((StoredTensor, LeafByLeaf()))
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(directory.resolve() / _PARAMS, args=ocp.args.PyTreeSave(nested(leaves)))
 
 
 def read_orbax_directory(directory: Path) -> dict[str, StoredTensor]:
