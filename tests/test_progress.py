@@ -15,6 +15,7 @@ from speech_flax.training.goodput import Clock, Estimate
 from speech_flax.training.metrics_log import MetricsLog, check_wandb
 from speech_flax.training.progress import Progress
 from speech_flax.training.step import StepMetrics
+from speech_flax.training.trainer import Trainer, TrainingError
 from speech_flax.training.watchdog import Watchdog
 
 
@@ -139,3 +140,22 @@ def test_weights_and_biases_without_the_package_are_refused(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ExperimentError, match="pip install"):
         check_wandb("project")
+
+
+def test_steps_skipped_in_a_row_abort_and_say_what_to_change():
+    """What the loop does with the numbers of a step that has arrived."""
+    plan = make_plan()
+    experiment = types.SimpleNamespace(
+        data=types.SimpleNamespace(max_bad_fraction=1.0), optimizer=types.SimpleNamespace(max_skipped_steps=3)
+    )
+    advice = types.SimpleNamespace(infeasible_advice="have too few frames")
+    splits = {"train": types.SimpleNamespace(plan=plan)}
+    trainer = types.SimpleNamespace(
+        experiment=experiment, task=advice, splits=splits, rows_seen=0, bad_rows=0, bad_files=[]
+    )
+    Trainer._check(trainer, None)
+    Trainer._check(trainer, (1, metrics(1.0).replace(skipped_in_a_row=np.int32(2))))
+    with pytest.raises(
+        TrainingError, match=r"3 steps in a row up to step 2 \(optimizer.max_skipped_steps\).*too few frames"
+    ):
+        Trainer._check(trainer, (2, metrics(1.0).replace(skipped_in_a_row=np.int32(3))))

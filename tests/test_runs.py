@@ -23,6 +23,9 @@ SCRIPT = Path(__file__).parent / "recorded_run.py"
 STEPS = 40
 EVERY = 4
 STEP_SECONDS = 0.05
+#: One of the twenty audio files cannot be read.
+DATA = {"batch_seconds": 4.0, "batch_size": 8, "num_buckets": 1, "max_bad_fraction": 0.2}
+BAD_FILE = "train-007.wav"
 #: A hang is one; seconds that no machine needs, however busy.
 PATIENCE = 1200
 #: Compile faster, into a cache that all runs of this module share.
@@ -37,7 +40,7 @@ ENVIRONMENT = {
 class Run:
     """One run directory, begun and continued by processes of its own."""
 
-    def __init__(self, directory: Path, corpus: Path, cache: Path):
+    def __init__(self, directory: Path, corpus: Path, cache: Path, **data: object):
         self.directory = directory / "run"
         self.notes = directory / "notes.jsonl"
         self.config = write_config(
@@ -48,6 +51,7 @@ class Run:
             checkpoint_every=EVERY,
             keep_checkpoints=3,
             profile_steps=[6, 7],
+            data={**DATA, "train": {"path": str(corpus)}, **data},
             cache_directory=str(cache),
         )
 
@@ -92,7 +96,9 @@ class Run:
 @pytest.fixture(scope="module")
 def places(tmp_path_factory) -> tuple[Path, Path]:
     """A corpus and a cache of compiled programs."""
-    return write_corpus(tmp_path_factory.mktemp("corpus"), {"train": 20}), tmp_path_factory.mktemp("cache")
+    corpus = write_corpus(tmp_path_factory.mktemp("corpus"), {"train": 20})
+    (corpus / BAD_FILE).write_bytes(b"RIFF, but no audio")
+    return corpus, tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +117,8 @@ def test_run_directory_holds_what_describes_the_run(straight, places):
     assert {"git_commit", "libraries", "devices", "command"} <= set(environment) and environment["libraries"]["jax"]
     results = json.loads((directory / "results.json").read_text())
     assert results["steps"] == STEPS and results["train_seconds"] > STEPS * STEP_SECONDS and 0 < results["goodput"] < 1
+    (bad_file,) = results["bad_files"]
+    assert BAD_FILE in bad_file
     assert (directory / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in (directory / "model").iterdir()} >= {"config.json", "model.safetensors", "vocab.json"}
     assert list((directory / "profile").rglob("*.xplane.pb")), "a trace of the steps asked for"
@@ -118,6 +126,17 @@ def test_run_directory_holds_what_describes_the_run(straight, places):
     assert straight.checkpoints() == [STEPS - 2 * EVERY, STEPS - EVERY, STEPS]
     assert list((cache / "programs").iterdir()) and list((cache / "durations").iterdir())
     assert not list(directory.rglob("*.partial"))
+
+
+def test_too_many_bad_files_stop_a_run(places, straight, tmp_path):
+    run = Run(tmp_path, *places, max_bad_fraction=0.01)
+    process = run.start()
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1
+    assert re.search(
+        rf"error: \d of \d+ audio files cannot be read, .*data.max_bad_fraction = 0.01.*{BAD_FILE}", output
+    )
+    assert not (run.directory / "results.json").exists()
 
 
 def test_log_has_a_line_of_numbers_at_every_interval(straight):
@@ -170,7 +189,7 @@ def test_evaluation_command_scores_the_model_of_a_run(straight, places):
     done = subprocess.run([*command, *data], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     numbers = json.loads(done.stdout)
-    assert numbers["utterances"] == 20 and numbers["wer"] > 0 and numbers["loss"] > 0
+    assert numbers["utterances"] == 19 and numbers["bad_files"] == 1 and numbers["wer"] > 0 and numbers["loss"] > 0
 
 
 def wait_for(condition, process: subprocess.Popen) -> None:
@@ -253,14 +272,18 @@ def test_twenty_kills_lose_nothing(places, straight, tmp_path):
     print("\n" + "\n".join(lines))
 
 
-@pytest.mark.slow
-def test_sigterm_to_one_of_two_processes_stops_both_after_a_checkpoint(places, straight, tmp_path):
+def start_two(run: Run) -> list[subprocess.Popen]:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
-    run = Run(tmp_path, *places)
     names = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    processes = [run.start("--distributed=true", **names, JAX_PROCESS_ID=str(index)) for index in range(2)]
+    return [run.start(**names, JAX_PROCESS_ID=str(index)) for index in range(2)]
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_finish_together(places, tmp_path):
+    run = Run(tmp_path, *places, test={"path": str(places[0])})
+    processes = start_two(run)
     wait_for(lambda: len(run.noted()) > 12, processes[0])
     processes[1].send_signal(signal.SIGTERM)
     outputs = [process.communicate(timeout=PATIENCE)[0] for process in processes]
@@ -268,3 +291,15 @@ def test_sigterm_to_one_of_two_processes_stops_both_after_a_checkpoint(places, s
     last = max(step for step, _ in run.noted()) + 1
     assert last < STEPS and run.checkpoints()[-1] == last
     assert "stopped" in outputs[0] and "stopped" not in outputs[1], "process 0 alone speaks"
+
+    processes = start_two(run)
+    outputs = [process.communicate(timeout=PATIENCE)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert f"continuing at step {last}" in outputs[0] and "step" not in outputs[1]
+    results = json.loads((run.directory / "results.json").read_text())
+    assert results["steps"] == STEPS and results["test"]["utterances"] == 19
+    assert (run.directory / "model" / "model.safetensors").exists()
+    seen = {step: set() for step in range(STEPS)}
+    for step, ids in run.noted():
+        seen[step] |= set(filter(None, ids))
+    assert all(seen.values()) and len(set.union(*seen.values())) == 20
