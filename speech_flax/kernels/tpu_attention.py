@@ -4,6 +4,7 @@ The term of relative keys costs one product with the table of embeddings for eac
 it to its place next to the diagonal. Nothing with both queries and keys leaves the chip.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -225,7 +226,18 @@ def _backward_of_window(
     return multiply(reverse, multiply(by_distance, table).astype(query.dtype))
 
 
-def _call(kernel, layout: Layout, grid, in_specs, out_specs, out_shape, scratch, interpret: bool):
+def _call(
+    kernel, layout: Layout, products: int, grid, in_specs, out_specs, out_shape, scratch, interpret: bool
+):  # fmt: skip
+    """The kernel's call; ``products`` is how many products of all frames with all others it computes."""
+    batch, frames, lanes = out_shape[0].shape
+    pairs = batch * frames * frames
+    arrays = sum(math.prod(array.shape) * array.dtype.itemsize for array in out_shape)
+    cost = pl.CostEstimate(  # XLA schedules by it, and the preflight counts by it
+        flops=2 * products * pairs * lanes,
+        transcendentals=pairs * layout.group * (lanes // layout.tile),
+        bytes_accessed=arrays * 3,
+    )
     return pl.pallas_call(
         partial(kernel, layout=layout),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -233,6 +245,7 @@ def _call(kernel, layout: Layout, grid, in_specs, out_specs, out_shape, scratch,
         ),
         out_shape=out_shape,
         interpret=interpret,
+        cost_estimate=cost,
         compiler_params=pltpu.CompilerParams(dimension_semantics=_SEMANTICS, vmem_limit_bytes=_MEMORY_LIMIT),
     )
 
@@ -257,6 +270,7 @@ def forward(
     return _call(
         _forward_kernel,
         layout,
+        2,
         (batch, groups, layout.blocks, layout.blocks),
         [
             queries,
@@ -313,6 +327,7 @@ def backward(
     return _call(
         _backward_kernel,
         layout,
+        5,
         (batch, groups, layout.blocks, layout.blocks),
         [
             queries,
