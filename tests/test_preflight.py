@@ -61,8 +61,9 @@ def test_operations_of_wav2vec2_bert_agree_with_an_unrolled_program(change):
     counted = forward_flops(config, 2, samples + 160, 2)
     adapters = config.num_adapter_layers if config.add_adapter else 0  # their attention is a loop over one block
     measured = operations(model, jnp.zeros((2, 128, 160)), loops=adapters)
-    # XLA counts what is not a product as well: norms, softmax, activations, a twentieth to a fifth at these widths.
-    assert counted <= measured <= 1.2 * counted
+    # XLA counts what is not a product as well, norms, softmax and activations: 1 to 5 % at these widths. One projection
+    # of the attention is 4 %.
+    assert counted <= measured <= 1.06 * counted
 
 
 @pytest.mark.parametrize("change", HUBERT_VARIANTS, ids=str)
@@ -73,7 +74,7 @@ def test_operations_of_hubert_agree_with_an_unrolled_program(change):
     model = HubertForCTC(config, scan_unroll=config.num_hidden_layers)
     counted = forward_flops(config, 2, 1285, 1)
     measured = operations(model, jnp.zeros((2, 1285)))
-    assert 0.97 * counted <= measured <= 1.25 * counted  # products with the padding of convolutions are left out there
+    assert counted <= measured <= 1.18 * counted  # the exact gelu counts much: 16.5 % measured
 
 
 def experiment(**model) -> Experiment:
