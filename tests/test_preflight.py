@@ -146,6 +146,11 @@ def test_memory_of_a_chip():
     assert bytes_per_chip(tree) == 8 * 3 * 4 + 4 * 3 * 2
     message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded by 4.75G."
     assert refused_memory(message) == 20.5 * 2**30
+    message = (
+        "E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries (74.59G) "
+        "exceeds available HBM (15.75G)."
+    )
+    assert refused_memory(message) == int(74.59 * 2**30)
     assert refused_memory("INTERNAL: Mosaic failed to compile") is None
     written = "Memory Space: vmem (color=1)\nTotal bytes: 7\n\nMemory Space: default (color=0)\nTotal bytes: 96 (96B)\n"
     assert placed_bytes(written) == 96
@@ -197,7 +202,7 @@ def test_a_report_that_does_not_fit_says_by_how_much_and_what_helps():
     assert not made.fits and made.hours is None
     text = preflight_report.as_text(made)
     for expected in (
-        "does not fit: the 20 s bucket needs 20.25 GiB per chip, 4.25 GiB more than there are",
+        "does not fit: the 20 s bucket needs at least 20.25 GiB per chip, 4.25 GiB more than there are",
         "data.batch_seconds 560: about 7 rows per chip instead of 8",
         "model.remat full",
         "mesh.data 1, mesh.fsdp 4: saves 2.25 GiB",

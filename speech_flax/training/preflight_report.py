@@ -57,8 +57,8 @@ def advice(report: Preflight) -> list[str]:
     worst = max(too_big, key=lambda bucket: bucket.memory.peak)
     excess = (worst.memory.peak - worst.memory.usable) / 2**30
     lines = [
-        f"does not fit: the {worst.shape.max_seconds:g} s bucket needs {worst.memory.peak / 2**30:.2f} GiB per chip, "
-        f"{excess:.2f} GiB more than there are; what would help:"
+        f"does not fit: the {worst.shape.max_seconds:g} s bucket needs at least "
+        f"{worst.memory.peak / 2**30:.2f} GiB per chip, {excess:.2f} GiB more than there are; what would help:"
     ]
     if worst.largest_rows_per_chip:
         rows = worst.largest_rows_per_chip * report.num_chips

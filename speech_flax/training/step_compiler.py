@@ -101,12 +101,14 @@ def _refused_bytes(directory: Path, shape: BucketShape) -> int:
 
 
 def refused_memory(message: str) -> int | None:
-    """Bytes that a program would need, from the compiler's message that it does not fit; ``None`` for other errors."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
+    """Bytes that a program would need at least, from the compiler's message that it does not fit; ``None`` for other
+    errors. One of its two messages gives the temporary arrays alone."""
+    temporaries = r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM"
+    found = re.search(rf"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm|{temporaries}", message)
     if found is None:
         return None
-    scale = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[found.group(2)]
-    return int(float(found.group(1)) * scale)
+    scale = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[found.group(2) or found.group(4) or ""]
+    return int(float(found.group(1) or found.group(3)) * scale)
 
 
 def placed_bytes(report: str) -> int:
