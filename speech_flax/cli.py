@@ -140,14 +140,14 @@ def _transcribe(arguments: Sequence[str]) -> int:
 
     from tqdm import tqdm
 
-    from speech_flax import Wav2Vec2BertForCTC, Wav2Vec2BertProcessor
     from speech_flax.audio.decoding import AudioError, load_audio
     from speech_flax.transcription import Transcriber
 
-    processor = Wav2Vec2BertProcessor.from_pretrained(options.model)
-    model, params = Wav2Vec2BertForCTC.from_pretrained(options.model, dtype=options.dtype)
-    transcriber = Transcriber(
-        model, params, processor, chunk_seconds=options.chunk_seconds, margin_seconds=options.margin_seconds
+    transcriber = Transcriber.from_pretrained(
+        options.model,
+        dtype=options.dtype,
+        chunk_seconds=options.chunk_seconds,
+        margin_seconds=options.margin_seconds,
     )
     unreadable = 0
     for file in tqdm(options.files, unit="file", disable=None, leave=False):

@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,10 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, PyTree
 
-from speech_flax.layers.masks import adapter_output_lengths
-from speech_flax.processing import Wav2Vec2BertProcessor
+import speech_flax
+from speech_flax.layers.masks import adapter_output_lengths, convolution_output_lengths
+from speech_flax.processing import Processor
 
-_SHORTEST = 128  # frames; shorter inputs are padded to it, longer ones to the next doubling
+_SAMPLING_RATE = 16_000
+#: Shorter inputs are padded to this, longer ones to the next doubling, so that few shapes are compiled (seconds).
+_SHORTEST = 2.56
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +40,7 @@ class Transcript:
 
 
 class Transcriber:
-    """A CTC model with its processor, ready for waveforms of any length.
+    """A CTC model of either family with its processor, ready for waveforms of any length.
 
     A recording longer than ``chunk_seconds`` is read in chunks of that length. Of two neighbours, which overlap by
     twice ``margin_seconds``, each contributes the frames up to the middle of the overlap: every frame but those at the
@@ -49,15 +54,20 @@ class Transcriber:
         self,
         model: nn.Module,
         params: PyTree,
-        processor: Wav2Vec2BertProcessor,
+        processor: Processor,
         *,
         chunk_seconds: float = 30.0,
         margin_seconds: float = 4.0,
     ):
         self.processor = processor
         extractor, config = processor.feature_extractor, model.config
-        self._input_frame = extractor.stride * 0.01  # seconds: log-mel frames are 10 ms apart
-        self._ratio = config.adapter_stride**config.num_adapter_layers if config.add_adapter else 1
+        if config.model_type == "hubert":
+            self._position, self._ratio = 1 / _SAMPLING_RATE, config.inputs_to_logits_ratio
+            self._output_lengths = convolution_output_lengths
+        else:
+            self._position = extractor.stride * 0.01  # seconds: log-mel frames are 10 ms apart
+            self._ratio = config.adapter_stride**config.num_adapter_layers if config.add_adapter else 1
+            self._output_lengths = adapter_output_lengths
         self._chunk = self._whole_frames(chunk_seconds)
         self._margin = self._whole_frames(margin_seconds)
         if not 0 <= 2 * self._margin < self._chunk:
@@ -68,52 +78,77 @@ class Transcriber:
         self._config = config
         self._predict = partial(jax.jit(_frame_labels, static_argnames="model"), model=model, params=params)
 
+    @classmethod
+    def from_pretrained(
+        cls, directory_or_hub_id: str | Path, *, dtype: Any = jnp.float32, **chunking: float
+    ) -> "Transcriber":
+        """The CTC model in a directory or on the hub, with its processor.
+
+        The model computes with the compatibility ``"corrected"``: padding to one of few shapes then changes nothing,
+        so that every chunk gets what Transformers computes for it alone.
+
+        Raises:
+            ValueError: when it is no CTC model.
+        """
+        model, params = speech_flax.AutoModel.from_pretrained(
+            directory_or_hub_id, dtype=dtype, compatibility="corrected"
+        )
+        if not type(model).__name__.endswith("ForCTC"):
+            raise ValueError(f"{directory_or_hub_id} holds a {type(model).__name__}, which does not transcribe")
+        name = "Wav2Vec2Processor" if model.config.model_type == "hubert" else "Wav2Vec2BertProcessor"
+        return cls(model, params, getattr(speech_flax, name).from_pretrained(directory_or_hub_id), **chunking)
+
     def _whole_frames(self, seconds: float) -> int:
-        """Input frames in ``seconds``, a multiple of those that make one output frame."""
-        return round(seconds / self._input_frame / self._ratio) * self._ratio
+        """Input positions (log-mel vectors or samples) in ``seconds``, a multiple of those that make one frame."""
+        return round(seconds / self._position / self._ratio) * self._ratio
 
     def __call__(self, waveform: Float[np.ndarray, "samples"]) -> Transcript:
         """Transcribe one 16 kHz mono waveform."""
-        extractor, tokenizer = self.processor.feature_extractor, self.processor.tokenizer
-        inputs = extractor(waveform, sampling_rate=16_000, return_tensors="np")
-        features = inputs["input_features"][0][inputs["attention_mask"][0].astype(bool)]
-        labels = np.concatenate(list(self._chunk_labels(features)))
+        tokenizer = self.processor.tokenizer
+        labels = np.concatenate(list(self._chunk_labels(self._inputs(waveform))))
         decoded = tokenizer.decode(labels.tolist(), output_word_offsets=True)
-        frame = self._input_frame * self._ratio
+        frame = self._position * self._ratio
         words = [
             Word(item["word"], round(item["start_offset"] * frame, 3), round(item["end_offset"] * frame, 3))
             for item in decoded.word_offsets
         ]
-        return Transcript(decoded.text, words, len(waveform) / 16_000)
+        return Transcript(decoded.text, words, len(waveform) / _SAMPLING_RATE)
 
-    def _chunk_labels(
-        self, features: Float[np.ndarray, "frames features"]
-    ) -> Iterator[Int[np.ndarray, "chunk_frames"]]:
+    def _inputs(self, waveform: Float[np.ndarray, "samples"]) -> Float[np.ndarray, "positions ..."]:
+        """What the feature extractor makes of the whole recording."""
+        inputs = self.processor.feature_extractor(waveform, sampling_rate=_SAMPLING_RATE, return_tensors="np")
+        if "input_values" in inputs:
+            return inputs["input_values"][0]
+        return inputs["input_features"][0][inputs["attention_mask"][0].astype(bool)]
+
+    def _chunk_labels(self, inputs: Float[np.ndarray, "positions ..."]) -> Iterator[Int[np.ndarray, "chunk_frames"]]:
         """Frame labels, chunk after chunk, each without the frames that its neighbours contribute."""
         step = self._chunk - 2 * self._margin
         start = 0
         while True:
-            last = start + self._chunk >= len(features)
-            labels = self._labels(features[start : start + self._chunk])
+            last = start + self._chunk >= len(inputs)
+            labels = self._labels(inputs[start : start + self._chunk])
             first_kept = self._margin // self._ratio if start else 0
             yield labels[first_kept:] if last else labels[first_kept : (self._chunk - self._margin) // self._ratio]
             if last:
                 return
             start += step
 
-    def _labels(self, features: Float[np.ndarray, "frames features"]) -> Int[np.ndarray, "output_frames"]:
+    def _labels(self, inputs: Float[np.ndarray, "positions ..."]) -> Int[np.ndarray, "output_frames"]:
         """Greedy label of every output frame; lengths are padded to few static shapes."""
-        frames = len(features)
-        padded = _SHORTEST
-        while padded < frames:
+        length = len(inputs)
+        frames = max(0, int(self._output_lengths(jnp.array([length]), self._config)[0]))
+        if frames == 0:
+            return np.zeros(0, np.int32)
+        padded = round(_SHORTEST / self._position)
+        while padded < length:
             padded *= 2
-        padded = frames if frames == self._chunk else min(padded, self._chunk)
-        block = np.zeros((1, padded, features.shape[1]), np.float32)
-        block[0, :frames] = features
-        mask = (np.arange(padded) < frames).astype(np.int32)[None]
-        labels = np.asarray(self._predict(features=block, attention_mask=mask))[0]
-        return labels[: int(adapter_output_lengths(jnp.array([frames]), self._config)[0])]
+        padded = length if length == self._chunk else min(padded, self._chunk)
+        block = np.zeros((1, padded, *inputs.shape[1:]), np.float32)
+        block[0, :length] = inputs
+        mask = (np.arange(padded) < length).astype(np.int32)[None]
+        return np.asarray(self._predict(inputs=block, attention_mask=mask))[0, :frames]
 
 
-def _frame_labels(model: nn.Module, params: PyTree, features: jax.Array, attention_mask: jax.Array) -> jax.Array:
-    return model.apply({"params": params}, features, attention_mask).logits.argmax(-1)
+def _frame_labels(model: nn.Module, params: PyTree, inputs: jax.Array, attention_mask: jax.Array) -> jax.Array:
+    return model.apply({"params": params}, inputs, attention_mask).logits.argmax(-1)
