@@ -41,7 +41,7 @@ def outputs(module, params, waveforms, mask=None, **options):
     def apply(params):
         return module.apply({"params": params}, waveforms, mask, **options)
 
-    return jax.jit(apply, compiler_options=run_jax._QUICK)(params)
+    return jax.jit(apply, compiler_options=run_jax.QUICK)(params)
 
 
 def alone_and_in_a_batch(compatibility, **changes):
@@ -261,7 +261,7 @@ def test_remat_and_unrolling_change_no_gradient():
             )
             return output.loss
 
-        return jax.jit(jax.grad(loss), compiler_options=run_jax._QUICK)(params)
+        return jax.jit(jax.grad(loss), compiler_options=run_jax.QUICK)(params)
 
     plain = gradient()
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(plain))

@@ -9,6 +9,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from speech_flax.layers.sharding import map_rows
+
 
 @jax.custom_vjp
 def causal_depthwise_convolution(
@@ -68,9 +70,12 @@ def _gradients_by_fourier(inputs: Array, kernel: Array, cotangent: Array) -> tup
     def spectra(states: Array) -> Array:
         return jnp.fft.rfft(states.astype(jnp.float32).swapaxes(1, 2), size)
 
-    by_delay = kernel[::-1].swapaxes(0, 1)
-    seen, sent, response = spectra(inputs), spectra(cotangent), spectra(by_delay)
-    of_inputs = jnp.fft.irfft(sent * response.conj(), size)[..., :frames].swapaxes(1, 2)
+    def delayed(spectrum: Array) -> Array:
+        return jnp.fft.irfft(spectrum, size)[..., :frames].swapaxes(1, 2)
+
+    response = spectra(kernel[::-1].swapaxes(0, 1))
+    seen, sent = map_rows(spectra, inputs), map_rows(spectra, cotangent)
+    of_inputs = map_rows(delayed, sent * response.conj())
     of_delays = jnp.fft.irfft((seen.conj() * sent).sum(0), size)[:, :width]
     return of_inputs.astype(inputs.dtype), of_delays[:, ::-1].T[:, None].astype(kernel.dtype)
 
