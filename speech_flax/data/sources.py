@@ -28,7 +28,8 @@ class DataSource:
     Args:
         path: A CSV, TSV, JSON Lines, Parquet, Arrow or tar file; a directory with metadata.csv, such files, or a saved
             data set; or the id of a data set on the Hugging Face hub.
-        split: Which part of it: a column "split", a folder or file of that name, or the hub's own splits.
+        split: Which part of it: a column "split", a folder or file of that name, or the hub's own splits, of which
+            several can be joined with "+".
         name: Configuration of a hub data set, a language for instance.
         audio_column: Column with paths, encoded bytes or the Audio feature; none takes the first of audio, file_name,
             path, file, audio_filepath, audio_path.

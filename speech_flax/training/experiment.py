@@ -14,6 +14,7 @@ from typing import Any, Literal
 from jsonargparse import ArgumentError, ArgumentParser
 
 from speech_flax.data.sources import DataSource
+from speech_flax.training.config_files import with_bases
 
 
 class ExperimentError(ValueError):
@@ -215,19 +216,24 @@ def experiment_parser(prog: str = "train.py") -> ArgumentParser:
         default_meta=False,
         description="Train a model as a configuration file describes it; every field can be overridden.",
     )
-    parser.add_argument("--config", action="config", help="YAML file of the experiment, see configs/.")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="YAML file of the experiment, see configs/; its key base names a file that it builds upon.",
+    )
     parser.add_class_arguments(Experiment)
     return parser
 
 
 def parse_experiment(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Experiment, Any]:
-    """The experiment that ``arguments`` describe, and the other options of ``parser`` as a namespace.
+    """The experiment that ``arguments`` describe, and the other options of ``parser`` as a namespace. A configuration
+    file may build upon another, see :func:`~speech_flax.training.config_files.merged_file`.
 
     Raises:
         ExperimentError: for an unknown key, a value of the wrong type, or a missing or malformed file.
     """
     try:
-        options = parser.parse_args(list(arguments))
+        options = parser.parse_args(with_bases(arguments))
         instantiated = parser.instantiate(options)
     except (ArgumentError, TypeError, ValueError) as error:
         raise ExperimentError(_one_sentence(str(error))) from error
