@@ -3,11 +3,11 @@
 from typing import Any
 
 import flax.struct
-import jax
+import numpy as np
 from jaxtyping import Array, Float
 
-HiddenStates = tuple[Float[Array, "batch encoder_frames encoder_hidden"], ...]
-Attentions = tuple[Float[Array, "batch heads encoder_frames encoder_frames"], ...]
+HiddenStates = tuple[Float[Array | np.ndarray, "batch encoder_frames encoder_hidden"], ...]
+Attentions = tuple[Float[Array | np.ndarray, "batch heads encoder_frames encoder_frames"], ...]
 
 
 class ModelOutput:
@@ -29,7 +29,7 @@ class BaseModelOutput(ModelOutput):
     probabilities of every layer.
     """
 
-    last_hidden_state: Float[Array, "batch frames hidden"]
+    last_hidden_state: Float[Array | np.ndarray, "batch frames hidden"]
     hidden_states: HiddenStates | None = None
     attentions: Attentions | None = None
 
@@ -42,8 +42,8 @@ class Wav2Vec2BaseModelOutput(ModelOutput):
     every layer and the output of the last one; ``attentions`` the attention probabilities of every layer.
     """
 
-    last_hidden_state: Float[Array, "batch frames hidden"]
-    extract_features: Float[Array, "batch input_frames features"]
+    last_hidden_state: Float[Array | np.ndarray, "batch frames hidden"]
+    extract_features: Float[Array | np.ndarray, "batch input_frames features"]
     hidden_states: HiddenStates | None = None
     attentions: Attentions | None = None
 
@@ -53,19 +53,19 @@ class CausalLMOutput(ModelOutput):
     """Output of a CTC model: ``logits`` before the softmax; ``loss``, and the number of ``infeasible`` utterances, when
     labels were given."""
 
-    loss: jax.Array | None = None
-    logits: Float[Array, "batch frames vocabulary"] | None = None
+    loss: Array | np.ndarray | None = None
+    logits: Float[Array | np.ndarray, "batch frames vocabulary"] | None = None
     hidden_states: HiddenStates | None = None
     attentions: Attentions | None = None
-    infeasible: jax.Array | None = None
+    infeasible: Array | np.ndarray | None = None
 
 
 @flax.struct.dataclass
 class SequenceClassifierOutput(ModelOutput):
     """Output of a model that classifies utterances: ``logits`` before the softmax; ``loss`` when labels were given."""
 
-    loss: jax.Array | None = None
-    logits: Float[Array, "batch labels"] | None = None
+    loss: Array | np.ndarray | None = None
+    logits: Float[Array | np.ndarray, "batch labels"] | None = None
     hidden_states: HiddenStates | None = None
     attentions: Attentions | None = None
 
@@ -74,8 +74,8 @@ class SequenceClassifierOutput(ModelOutput):
 class TokenClassifierOutput(ModelOutput):
     """Output of a model that classifies frames: ``logits`` before the softmax; ``loss`` when labels were given."""
 
-    loss: jax.Array | None = None
-    logits: Float[Array, "batch frames labels"] | None = None
+    loss: Array | np.ndarray | None = None
+    logits: Float[Array | np.ndarray, "batch frames labels"] | None = None
     hidden_states: HiddenStates | None = None
     attentions: Attentions | None = None
 
@@ -85,8 +85,8 @@ class XVectorOutput(ModelOutput):
     """Output of a model that embeds speakers: ``embeddings``, by whose cosine speakers are compared; ``logits`` made of
     them, which training compares with its speakers; ``loss`` when labels were given."""
 
-    loss: jax.Array | None = None
-    logits: Float[Array, "batch dimensions"] | None = None
-    embeddings: Float[Array, "batch dimensions"] | None = None
+    loss: Array | np.ndarray | None = None
+    logits: Float[Array | np.ndarray, "batch dimensions"] | None = None
+    embeddings: Float[Array | np.ndarray, "batch dimensions"] | None = None
     hidden_states: HiddenStates | None = None
     attentions: Attentions | None = None

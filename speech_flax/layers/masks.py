@@ -73,3 +73,15 @@ def feature_frame_mask(sample_mask: Bool[Array, "batch samples"], config: Hubert
     if config.compatibility != "corrected":
         lengths = jnp.where(lengths < 1, lengths + num_frames, lengths)  # the reference counts from the end
     return length_mask(lengths, num_frames)
+
+
+def labelled_frames(sample_mask: Bool[Array, "batch samples"], config: HubertConfig) -> Int[Array, "batch"]:
+    """Frames of each row that labels are aligned with, for samples of which those on the left count.
+
+    They are those that :func:`feature_frame_mask` takes; but in Transformers an utterance that is too short for a frame
+    has none here.
+    """
+    if config.compatibility in ("transformers-4.37", "transformers-5"):
+        lengths = convolution_output_lengths(sample_mask.sum(-1).astype(jnp.int32), config)
+        return jnp.maximum(lengths, 0)
+    return feature_frame_mask(sample_mask, config).sum(-1).astype(jnp.int32)

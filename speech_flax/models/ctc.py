@@ -35,8 +35,10 @@ def loss_of_labels(
     Raises:
       ValueError: a label that is not below ``vocab_size`` (checked outside of ``jit`` alone).
     """
-    if not isinstance(labels, jax.core.Tracer) and np.max(labels, initial=-1) >= config.vocab_size:
-        raise ValueError(f"labels must be below vocab_size {config.vocab_size}; one is {np.max(labels)}")
+    if not isinstance(labels, jax.core.Tracer):
+        highest = np.max(np.asarray(labels), initial=-1)  # JAX's maximum would be traced where a step is compiled
+        if highest >= config.vocab_size:
+            raise ValueError(f"labels must be below vocab_size {config.vocab_size}; one is {highest}")
     compact, label_lengths = compact_labels(jnp.asarray(labels), jnp.asarray(counted_labels(labels, config)))
     losses, feasible = ctc_loss(logits, logit_lengths, compact, label_lengths, blank_id=config.pad_token_id)
     loss = reduce_ctc(

@@ -13,7 +13,13 @@ from speech_flax.configuration import HubertConfig
 from speech_flax.layers.encoder_layer import scan_layers
 from speech_flax.layers.feature_encoder import FeatureEncoder
 from speech_flax.layers.feed_forward import linear
-from speech_flax.layers.masks import Lengths, as_bool_mask, convolution_output_lengths, feature_frame_mask
+from speech_flax.layers.masks import (
+    Lengths,
+    as_bool_mask,
+    convolution_output_lengths,
+    feature_frame_mask,
+    labelled_frames,
+)
 from speech_flax.layers.normalization import LayerNorm
 from speech_flax.layers.positional_convolution import PositionalEmbedding
 from speech_flax.layers.spec_augment import spec_augment
@@ -282,7 +288,4 @@ class HubertForCTC(HubertPretrainedModel, nn.Module):
 
     def logit_lengths(self, sample_mask: Bool[Array, "batch samples"]) -> Int[Array, "batch"]:
         """Frames of each row that the CTC loss aligns its labels with."""
-        if self.config.compatibility in ("transformers-4.37", "transformers-5"):
-            lengths = self.feature_lengths(sample_mask.sum(-1).astype(jnp.int32))
-            return jnp.maximum(lengths, 0)
-        return feature_frame_mask(sample_mask, self.config).sum(-1).astype(jnp.int32)
+        return labelled_frames(sample_mask, self.config)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 
 import speech_flax
 from speech_flax.configuration import SpeechConfig
-from speech_flax.layers.masks import adapter_output_lengths, convolution_output_lengths
+from speech_flax.layers.masks import adapter_output_lengths, labelled_frames
 from speech_flax.training.experiment import Experiment, ExperimentError, FeatureSettings
 from speech_flax.training.front_end import FrontEnd, LogMelFrontEnd, WaveformFrontEnd
 
@@ -34,7 +34,7 @@ class Family:
       extractor_options: Options of a new feature extractor, from the experiment's features.
       front_end: What computes on the device what a feature extractor does.
       decided_fields: Fields of the configuration that the feature extractor decides.
-      output_lengths: Valid frames of the model's output, from those (or the samples) of its input.
+      lengths: How many frames of the model's output are audio, from the mask of its input and the configuration.
       frame_seconds: Distance of output frames, from feature extractor and configuration.
     """
 
@@ -43,7 +43,7 @@ class Family:
     extractor_options: Callable[[FeatureSettings], dict[str, Any]]
     front_end: Callable[[Any], FrontEnd]
     decided_fields: Callable[[Any], dict[str, Any]]
-    output_lengths: Callable[[Array, SpeechConfig], Array]
+    lengths: Callable[[Bool[Array, "batch positions"], SpeechConfig], Int[Array, "batch"]]
     frame_seconds: Callable[[Any, SpeechConfig], float]
 
     def classes(self, task: str) -> tuple[type, type]:
@@ -70,10 +70,6 @@ class Family:
             return self.extractor_class().from_pretrained(experiment.model.pretrained)
         return self.extractor_class()(**self.extractor_options(experiment.features))
 
-    def lengths(self, mask: Bool[Array, "batch positions"], config: SpeechConfig) -> Int[Array, "batch"]:
-        """How many frames of the model's output are audio."""
-        return jnp.maximum(self.output_lengths(mask.sum(-1).astype(jnp.int32), config), 0)
-
 
 FAMILIES = {
     "wav2vec2-bert": Family(
@@ -86,7 +82,7 @@ FAMILIES = {
         },
         front_end=lambda extractor: LogMelFrontEnd(extractor.num_mel_bins, extractor.stride, extractor.padding_value),
         decided_fields=lambda extractor: {"feature_projection_input_dim": extractor.num_mel_bins * extractor.stride},
-        output_lengths=adapter_output_lengths,
+        lengths=lambda mask, config: adapter_output_lengths(mask.sum(-1).astype(jnp.int32), config),
         frame_seconds=lambda extractor, config: (
             0.01 * extractor.stride * (config.adapter_stride**config.num_adapter_layers if config.add_adapter else 1)
         ),
@@ -97,7 +93,7 @@ FAMILIES = {
         extractor_options=lambda features: {},
         front_end=lambda extractor: WaveformFrontEnd(extractor.do_normalize),
         decided_fields=lambda extractor: {},
-        output_lengths=convolution_output_lengths,
+        lengths=labelled_frames,
         frame_seconds=lambda extractor, config: config.inputs_to_logits_ratio / extractor.sampling_rate,
     ),
 }

@@ -123,7 +123,7 @@ def training_programs(experiment: Experiment, task: Task, mesh: Mesh) -> Program
     )
 
 
-def _in_shards(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+def _in_shards(array: np.ndarray | jax.Array, sharding: NamedSharding) -> jax.Array:
     """An array that every process holds whole, with no device ever holding more than its shard."""
     array = np.asarray(array)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

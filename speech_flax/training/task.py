@@ -22,12 +22,13 @@ class RowResults:
     """What a model makes of a batch, row by row.
 
     ``losses`` are 0 in rows that do not count; ``infeasible`` marks rows that no output of the model can satisfy;
-    ``predictions`` holds arrays whose first axis numbers the rows, as the task needs them to score.
+    ``predictions`` holds arrays whose first axis numbers the rows, as the task needs them to score. Arrays are on the
+    device, or fetched from it.
     """
 
-    losses: Float[Array, "batch"]
-    infeasible: Bool[Array, "batch"]
-    predictions: dict[str, Array]
+    losses: Float[Array | np.ndarray, "batch"]
+    infeasible: Bool[Array | np.ndarray, "batch"]
+    predictions: dict[str, Array | np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
