@@ -83,7 +83,7 @@ class Task(Protocol):
             ExperimentError: with what is wrong and an example.
         """
 
-    def hypothesis(self, prediction: dict[str, np.ndarray]) -> Any:
+    def hypothesis(self, prediction: dict[str, np.ndarray | np.generic]) -> Any:
         """What the model says about one row, as plain data that JSON can hold."""
 
     def score(self, rows: Sequence[ScoredRow]) -> dict[str, float]:

@@ -87,7 +87,7 @@ class CTCTask:
         """Refuse transcripts that the tokenizer would spell with its unknown token."""
         check_characters(self.processor.tokenizer, labels)
 
-    def hypothesis(self, prediction: dict[str, np.ndarray]) -> str:
+    def hypothesis(self, prediction: dict[str, np.ndarray | np.generic]) -> str:
         return self.processor.tokenizer.decode(prediction["labels"][: prediction["lengths"]].tolist())
 
     def score(self, rows: Sequence[ScoredRow]) -> dict[str, float]:

@@ -123,7 +123,7 @@ class FrameTask:
         except LabelError as error:
             raise ExperimentError(str(error)) from error
 
-    def hypothesis(self, prediction: dict[str, np.ndarray]) -> list[int]:
+    def hypothesis(self, prediction: dict[str, np.ndarray | np.generic]) -> list[int]:
         return prediction["labels"][: prediction["lengths"]].tolist()
 
     def score(self, rows: Sequence[ScoredRow]) -> dict[str, float]:

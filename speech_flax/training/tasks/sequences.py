@@ -95,7 +95,7 @@ class SequenceTask:
             return
         check_classes(labels, self.model.config.id2label)
 
-    def hypothesis(self, prediction: dict[str, np.ndarray]) -> str | float:
+    def hypothesis(self, prediction: dict[str, np.ndarray | np.generic]) -> str | float:
         if self.is_regression:
             return float(prediction["prediction"])
         return self.model.config.id2label[int(prediction["prediction"])]

@@ -87,7 +87,7 @@ class SpeakerTask:
     def check(self, labels: Sequence[str]) -> None:
         """Speakers need not be known: verification is about unknown ones."""
 
-    def hypothesis(self, prediction: dict[str, np.ndarray]) -> list[float]:
+    def hypothesis(self, prediction: dict[str, np.ndarray | np.generic]) -> list[float]:
         return prediction["embedding"].tolist()
 
     def score(self, rows: Sequence[ScoredRow]) -> dict[str, float]:
