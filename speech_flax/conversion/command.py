@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from speech_flax.conversion.convert import ConversionError, Plan, convert, parameters, plan
+from speech_flax.conversion.interruption import Interrupted, interruptible
 from speech_flax.conversion.published import PUBLISHED
 from speech_flax.conversion.source import open_source
 from speech_flax.conversion.transformers_names import TRANSFORMERS
@@ -72,8 +73,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command and return its exit code: 0, or 1 where something does not fit or differs too much."""
+    """Run the command; the exit code is 0, 1 where something does not fit or differs too much, or that of a signal."""
     options = parser().parse_args(arguments)
+    try:
+        with interruptible():
+            return _run(options)
+    except Interrupted as interrupted:
+        print(interrupted, file=sys.stderr)
+        return interrupted.exit_code
+
+
+def _run(options: argparse.Namespace) -> int:
     source = open_source(_local(options.source), None if options.base is None else _local(options.base))
     print(f"{options.source}: {source.format}")
     try:

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from tqdm import tqdm
 import speech_flax
 from speech_flax.configuration import HubertConfig, SpeechConfig
 from speech_flax.conversion.inference import infer_config
+from speech_flax.conversion.interruption import uninterrupted
 from speech_flax.conversion.matching import BASE_NAMES, Matching, match, nearest
 from speech_flax.conversion.orbax_directory import write_orbax_directory
 from speech_flax.conversion.rules import NameTable, Place
@@ -186,12 +187,14 @@ def convert(plan: Plan, destination: Path, kind: str = "torch") -> None:
     Raises:
       FileExistsError: there is something already.
       CheckpointFileError: the source turns out to be damaged.
+      KeyboardInterrupt: a signal asked the program to end; it is heeded between two tensors.
     """
-    with _appearing(destination) as directory:
+    with uninterrupted() as check, _appearing(destination) as directory:
         write = _write_orbax if kind == "orbax" else _write_transformers
-        write(plan, directory)
+        write(plan, directory, check)
         _saved_config(plan).save_pretrained(directory)
         _write_processor(plan, directory)
+        check()
 
 
 @contextlib.contextmanager
@@ -200,6 +203,7 @@ def _appearing(destination: Path) -> Iterator[Path]:
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise FileExistsError(f"{destination} exists already; choose another destination or remove it")
     destination = destination.resolve()
+    new_parents = [parent for parent in destination.parents if not parent.exists()]
     destination.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".incomplete", dir=destination.parent))
     try:
@@ -208,6 +212,9 @@ def _appearing(destination: Path) -> Iterator[Path]:
         aside.replace(destination)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
+        with contextlib.suppress(OSError):  # somebody else put something there
+            for parent in new_parents:
+                parent.rmdir()
         raise
 
 
@@ -235,7 +242,7 @@ def _common_dtype(plan: Plan) -> np.dtype:
     return plan.source.tensors[first[0]].dtype
 
 
-def _write_transformers(plan: Plan, directory: Path) -> None:
+def _write_transformers(plan: Plan, directory: Path, check: Callable[[], None]) -> None:
     new = _new_leaves(plan)
     names = transformers_layout(plan.shapes)
     constants = TRANSFORMERS.constants_of(names)
@@ -246,6 +253,7 @@ def _write_transformers(plan: Plan, directory: Path) -> None:
 
     def tensors() -> Iterator[np.ndarray]:
         for place, transform, _ in _with_progress(names.values(), layout, len(names)):
+            check()
             yield transform.to_theirs(_read(plan, place, new))
         yield from constants.values()
 
@@ -261,12 +269,13 @@ def _with_progress(items: Iterable, layout: Mapping[str, tuple[Sequence[int], np
             bar.update(size)
 
 
-def _write_orbax(plan: Plan, directory: Path) -> None:
+def _write_orbax(plan: Plan, directory: Path, check: Callable[[], None]) -> None:
     leaves = _leaves(plan)
     sizes = sum(int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize for leaf in leaves.values())
     with tqdm(total=sizes, unit="B", unit_scale=True, desc="converting", disable=None, leave=False) as bar:
 
         def counted(leaf: StoredTensor) -> np.ndarray:
+            check()  # orbax's threads have nothing in hand at this moment
             value = leaf.read()
             bar.update(value.nbytes)
             return value

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from speech_flax.configuration import HubertConfig
+from speech_flax.conversion.interruption import uninterrupted
 from speech_flax.conversion.reference import (
     GRADIENT,
     OUTPUTS,
@@ -103,10 +104,11 @@ class Evidence:
         """Write ``parity.json`` and ``parity.png``."""
         from speech_flax.conversion.picture import draw_evidence
 
-        directory.mkdir(parents=True, exist_ok=True)
         content = dataclasses.asdict(self) | {"passed": self.passed}
-        (directory / "parity.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        draw_evidence(self, directory / "parity.png")
+        with uninterrupted():  # both files or none
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / "parity.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            draw_evidence(self, directory / "parity.png")
 
     def lines(self) -> Iterator[str]:
         """The report as text."""
