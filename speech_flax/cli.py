@@ -91,13 +91,15 @@ def _train(arguments: Sequence[str]) -> int:
 
 def _resumed(arguments: Sequence[str]) -> list[str]:
     """The arguments with ``--resume DIRECTORY`` replaced by the configuration of the run in it."""
+    from speech_flax.storage import exists, storage_path
+
     own = argparse.ArgumentParser(prog="train.py", allow_abbrev=False, add_help=False)
     own.add_argument("--resume")
     options, others = own.parse_known_args(arguments)
     if options.resume is None:
         return others
-    config = Path(options.resume) / "config.yaml"
-    if not config.is_file():
+    config = storage_path(options.resume) / "config.yaml"
+    if not exists(config):
         raise FileNotFoundError(f"{options.resume} holds no run to resume: there is no {config}")
     if any(argument.split("=")[0] == "--config" for argument in others):
         raise ValueError("--resume takes the configuration of the run directory; leave --config out")

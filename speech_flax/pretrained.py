@@ -26,6 +26,7 @@ from speech_flax.conversion.stored_tensor import StoredTensor
 from speech_flax.conversion.transformers_directory import SAFETENSORS, WEIGHT_FILES, read_weights, weight_file
 from speech_flax.conversion.transformers_names import TRANSFORMERS, transformers_layout
 from speech_flax.conversion.tree import flat, leaf_places, nested, parts, tensor_at
+from speech_flax.storage import fetched, in_bucket
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ _MAY_BE_NEW = re.compile(
 
 
 def pretrained_directory(directory_or_hub_id: str | Path, *, weights: bool = False) -> Path:
-    """The local directory of a model: the one named, or a snapshot of what the hub has under that id.
+    """The local directory of a model: the one named, or a copy of one in a bucket (``gs://``) or on the hub.
 
     Files that were downloaded before are used without a network connection; ``HF_HUB_OFFLINE=1`` keeps from trying.
 
@@ -52,6 +53,8 @@ def pretrained_directory(directory_or_hub_id: str | Path, *, weights: bool = Fal
     Raises:
       FileNotFoundError: there is no such directory, and the hub has no such model or cannot be reached.
     """
+    if in_bucket(directory_or_hub_id):
+        return fetched(str(directory_or_hub_id))
     directory = Path(directory_or_hub_id)
     if directory.is_dir():
         return directory

@@ -1,6 +1,6 @@
 """Whole runs by the real command: what they leave behind, and that interruptions make no difference to it."""
 
-import itertools
+import dataclasses
 import json
 import os
 import random
@@ -20,9 +20,14 @@ from speech_flax.cli import main
 from speech_flax.training.experiment import read_experiment
 
 SCRIPT = Path(__file__).parent / "recorded_run.py"
-STEPS = 40
+STEPS = 60
 EVERY = 4
 STEP_SECONDS = 0.05
+#: Most seconds from the start of a process, or of a save, to a kill.
+START_SECONDS = 12.0
+SAVE_SECONDS = 0.3
+#: Of the moments at which the twenty kills fall.
+SEED = 5
 #: One of the twenty audio files cannot be read.
 DATA = {"batch_seconds": 4.0, "batch_size": 8, "num_buckets": 1, "max_bad_fraction": 0.2}
 BAD_FILE = "train-007.wav"
@@ -86,6 +91,10 @@ class Run:
         return (
             sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit()) if directory.exists() else []
         )
+
+    def incomplete(self) -> list[str]:
+        """Checkpoints that were being written, or are."""
+        return sorted(path.name for path in (self.directory / "checkpoints").glob("*tmp*"))
 
     def checksums(self) -> dict[str, int]:
         """Of every array of the last checkpoint: parameters, moments, counters."""
@@ -166,7 +175,7 @@ def test_checkpoint_of_another_model_is_refused(straight, tmp_path, capfd):
     assert main(["train", "--resume", str(directory)]) == 1
     error = capfd.readouterr().err
     assert "belongs to another model" in error and error.count("\n") == 1
-    assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == ["32", "36", "40"]
+    assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == ["52", "56", "60"]
 
 
 def test_data_that_changed_under_a_run_are_refused(straight, places, tmp_path, capfd):
@@ -210,31 +219,59 @@ def assert_as_straight(run: Run, straight: Run) -> None:
     assert ours == theirs
 
 
-def kill(run: Run, moment: str, generator: random.Random) -> str:
-    """Start, kill at a moment of training, and say where it was."""
+@dataclasses.dataclass(frozen=True)
+class Kill:
+    """What a kill found and left on disk."""
+
+    moment: str
+    resumed: int | None
+    step: int
+    complete: list[int]
+    incomplete: list[str]
+
+    def __str__(self) -> str:
+        began = "killed before its first step" if self.resumed is None else f"went on at step {self.resumed}"
+        kept, cut = self.complete or "none", ", ".join(self.incomplete) or "none"
+        return f"{began}; killed ({self.moment}) at step {self.step}; complete: {kept}; cut short: {cut}"
+
+
+def kill(run: Run, moment: str, generator: random.Random) -> Kill:
+    """Start a run, let it get on, and kill it: while it starts, anywhere between steps, or during a save."""
     before, process = len(run.noted()), run.start()
-    wait_for(lambda: len(run.noted()) > before, process)
-    if moment == "save":
-        partial = lambda: list((run.directory / "checkpoints").glob("*tmp*"))  # noqa: E731
-        wait_for(partial, process)
-        time.sleep(generator.uniform(0, 0.02))
+    if moment == "start":
+        time.sleep(generator.uniform(0, START_SECONDS))
     else:
-        time.sleep(generator.uniform(0, STEP_SECONDS * EVERY * 2))
+        steps = generator.randint(2, 3 * EVERY)
+        wait_for(lambda: len(run.noted()) >= before + steps, process)
+        if moment == "save":
+            wait_for(run.incomplete, process)
+            time.sleep(generator.uniform(0, SAVE_SECONDS))
+        else:
+            time.sleep(generator.uniform(0, STEP_SECONDS))
     process.kill()
     process.communicate()
-    left = [path.name for path in (run.directory / "checkpoints").glob("*tmp*")]
-    return f"killed at step {run.noted()[-1][0]}, complete: {run.checkpoints()}, incomplete: {left}"
+    noted = run.noted()
+    resumed = noted[before][0] if len(noted) > before else None
+    return Kill(moment, resumed, noted[-1][0] + 1 if noted else 0, run.checkpoints(), run.incomplete())
 
 
-def drill(run: Run, moments: list[str], seed: int) -> list[str]:
-    """Kill a run again and again; after each kill the next start must continue at the newest complete checkpoint."""
-    generator, log = random.Random(seed), []
+def drill(run: Run, moments: list[str], seed: int) -> list[Kill]:
+    """Kill a run again and again; each start must go on at the newest complete checkpoint there is."""
+    generator, kills = random.Random(seed), []
     for moment in moments:
         newest = run.checkpoints()[-1] if run.checkpoints() else 0
-        before = len(run.noted())
-        log.append(kill(run, moment, generator))
-        assert run.noted()[before][0] == newest, log
-    return log
+        kills.append(kill(run, moment, generator))
+        assert kills[-1].resumed in (newest, None), kills
+        assert run.checkpoints() == kills[-1].complete and (kills[-1].complete or [0])[-1] >= newest, kills
+    return kills
+
+
+def finish_after(run: Run, kills: list[Kill]) -> str:
+    """Run to the end; what it says."""
+    before, newest = len(run.noted()), (kills[-1].complete or [0])[-1]
+    output = run.finish()
+    assert run.noted()[before][0] == newest, kills
+    return output
 
 
 def test_run_that_was_stopped_and_killed_ends_as_the_one_that_was_not(places, straight, tmp_path):
@@ -246,8 +283,8 @@ def test_run_that_was_stopped_and_killed_ends_as_the_one_that_was_not(places, st
     assert process.returncode == 0, output
     stopped = run.noted()[-1][0] + 1
     assert 6 <= stopped < STEPS and stopped in run.checkpoints() and "--resume" in output
-    drill(run, ["save", "step", "step"], seed=time.time_ns() % 1000)
-    assert re.search(r"continuing at step \d+", run.finish())
+    kills = drill(run, ["save", "step", "step"], seed=time.time_ns() % 1000)
+    assert f"continuing at step {kills[-1].complete[-1]} " in finish_after(run, kills)
     assert_as_straight(run, straight)
     logged = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in logged] == sorted({row["step"] for row in logged}), "each step is logged once"
@@ -255,21 +292,24 @@ def test_run_that_was_stopped_and_killed_ends_as_the_one_that_was_not(places, st
 
 @pytest.mark.slow
 def test_twenty_kills_lose_nothing(places, straight, tmp_path):
-    """The log of the drill is printed; ``pytest -m slow -s -k twenty``."""
-    remaining, lines = 20, []
-    for attempt in itertools.count():
+    """Five runs of four kills each, and then to their end; ``pytest -n 0 -m slow -s -k twenty`` shows what happened."""
+    generator, every = random.Random(SEED), []
+    for attempt in range(5):
         directory = tmp_path / str(attempt)
         directory.mkdir()
         run = Run(directory, *places)
-        moments = ["save" if (remaining - index) % 3 == 0 else "step" for index in range(min(5, remaining))]
-        lines += drill(run, moments, seed=attempt)
-        remaining -= len(moments)
-        run.finish()
+        moments = ["step", "save", *generator.sample(("start", "step", "save"), 2)]
+        generator.shuffle(moments)
+        kills = drill(run, moments, seed=generator.randrange(2**32))
+        print(f"run {attempt + 1}", *kills, sep="\n  ")
+        finish_after(run, kills)
         assert_as_straight(run, straight)
-        lines.append("continued to the end: parameters, moments and utterances as without the kills")
-        if remaining == 0:
-            break
-    print("\n" + "\n".join(lines))
+        print("  went on to the end: parameters, moments and utterances as without the kills, bit for bit")
+        every += kills
+    assert len(every) == 20
+    continued = [one for one in every if one.resumed]
+    assert len(continued) >= 8, "kills of what went on from a checkpoint"
+    assert sum(bool(one.incomplete) for one in continued) >= 3, "among them kills during a save"
 
 
 def start_two(run: Run) -> list[subprocess.Popen]:

@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree
 
+from speech_flax.storage import AnyPath, storage_path
 from speech_flax.training.step import TrainState
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ class Checkpoints:
     before the files are written; :meth:`close` waits for them.
     """
 
-    def __init__(self, directory: str | Path, keep: int = 2, keep_every: int | None = None):
+    def __init__(self, directory: str | AnyPath, keep: int = 2, keep_every: int | None = None):
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             keep_period=keep_every,
@@ -37,7 +38,8 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
-        self.directory = Path(directory).resolve()
+        path = storage_path(directory)
+        self.directory = path.resolve() if isinstance(path, Path) else path
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def steps(self) -> list[int]:

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from speech_flax.storage import exists, in_bucket, storage_path
+
 _BASE = "base"
 _OPTION = "--config"
 
@@ -57,6 +59,11 @@ def merged_file(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _text_or_path(name: str) -> str:
+    if in_bucket(name):
+        path = storage_path(name)
+        if not exists(path):
+            raise ConfigFileError(f"{name} does not exist")
+        return path.read_text()
     path = Path(name)
     try:
         derived = path.is_file() and _BASE in _fields(path)

@@ -1,12 +1,13 @@
 """The picture of a run: loss, learning rate and metrics by step."""
 
+import io
 import json
-from pathlib import Path
 
+from speech_flax.storage import AnyPath
 from speech_flax.training.evaluation import RATIOS
 
 
-def draw_curves(metrics: Path, picture: Path) -> None:
+def draw_curves(metrics: AnyPath, picture: AnyPath) -> None:
     """Draw ``metrics.jsonl`` as a PNG with two panels: losses and learning rate; validation metrics that are ratios."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -36,4 +37,6 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     errors.grid(alpha=0.3)
     if errors.get_lines():
         errors.legend()
-    figure.savefig(picture, dpi=120)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=120)
+    picture.write_bytes(drawn.getvalue())

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from jsonargparse import ArgumentError, ArgumentParser
 
 from speech_flax.data.sources import DataSource
+from speech_flax.storage import in_bucket
 from speech_flax.training.config_files import with_bases
 
 
@@ -27,7 +28,8 @@ class ModelSettings:
 
     Args:
         family: Model family.
-        pretrained: Directory or hub id whose weights are fine-tuned; none trains from random weights.
+        pretrained: Directory (here or in a bucket, gs://) or hub id whose weights are fine-tuned; none trains from
+            random weights.
         config: Fields of the model's configuration that replace the defaults, or those of ``pretrained``.
         dtype: Computation type. Parameters are always float32; softmax, norms and losses are computed in float32.
         remat: What is kept for the backward pass: all ("none"), matrix products ("dots"), layer inputs only ("full").
@@ -150,7 +152,7 @@ class Experiment:
 
     Args:
         data: Utterances and batches.
-        run_directory: Directory of this run; an unfinished run in it is continued.
+        run_directory: Directory of this run, here or in a bucket (gs://); an unfinished run in it is continued.
         task: What is learned: transcripts (ctc), a class or value of every utterance (sequence_classification),
             labels of every frame (frame_classification), or embeddings of speakers (xvector).
         seed: Decides initial weights, data order, dropout and SpecAugment.
@@ -203,6 +205,8 @@ class Experiment:
         for name, value in positive.items():
             if value <= 0:
                 raise ExperimentError(f"{name} is {value}; it must be at least 1")
+        if self.cache_directory is not None and in_bucket(self.cache_directory):
+            raise ExperimentError(f"cache_directory is {self.cache_directory}; it must be a directory of this machine")
         if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
             first, last = self.profile_steps
             raise ExperimentError(f"profile_steps is {first}, {last}; it must be a first and a last step, from 1 on")

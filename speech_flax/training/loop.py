@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from speech_flax.storage import written_locally
 from speech_flax.training.checkpoints import Checkpoints
 from speech_flax.training.corpus import Split, durations_file, open_split
 from speech_flax.training.curves import draw_curves
@@ -143,7 +144,8 @@ def export_model(trainer: Trainer, state: TrainState) -> None:
     if jax.process_count() > 1:
         params = multihost_utils.process_allgather(params, tiled=True)
     if jax.process_index() == 0:
-        trainer.task.save(trainer.run_directory.model, jax.device_get(params))
+        with written_locally(trainer.run_directory.model) as directory:
+            trainer.task.save(directory, jax.device_get(params))
 
 
 def report(trainer: Trainer, results: dict[str, Any]) -> None:

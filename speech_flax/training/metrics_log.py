@@ -3,9 +3,11 @@
 import hashlib
 import importlib.util
 import json
+import time
 from pathlib import Path
 from typing import Any
 
+from speech_flax.storage import AnyPath
 from speech_flax.training.experiment import ExperimentError
 
 
@@ -19,50 +21,99 @@ def check_wandb(project: str | None) -> None:
         raise ExperimentError("wandb_project needs the package wandb: pip install 'speech_flax[wandb]'")
 
 
+#: Seconds between two copies of a log to a bucket, whose objects cannot grow.
+_COPY_SECONDS = 30.0
+
+
 class MetricsLog:
     """One JSON object per line in ``metrics.jsonl``, and the same numbers elsewhere.
 
     Lines of steps after ``first_step`` are dropped when a run goes on from an earlier checkpoint: the log reads as if
-    the run had never been interrupted.
+    the run had never been interrupted. In a bucket it is written anew every half minute and in :meth:`flush`.
     """
 
-    def __init__(self, directory: Path, first_step: int, wandb_project: str | None = None):
+    def __init__(self, directory: AnyPath, first_step: int, wandb_project: str | None = None):
         from tensorboardX import SummaryWriter
 
         path = directory / "metrics.jsonl"
         kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= first_step]
-        aside = path.with_suffix(".jsonl.partial")
-        aside.write_text("".join(line + "\n" for line in kept))
-        aside.replace(path)
-        self._file = path.open("a")
+        self._lines = _FileLines(path, kept) if isinstance(path, Path) else _BucketLines(path, kept)
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step + 1)
         self._wandb = None
         if wandb_project is not None:
             import wandb
 
-            identity = hashlib.blake2b(str(directory.resolve()).encode(), digest_size=8).hexdigest()
-            self._wandb = wandb.init(
-                project=wandb_project, name=directory.name, id=identity, resume="allow", dir=str(directory)
-            )
+            local = isinstance(directory, Path)
+            place = str(directory.resolve() if local else directory)
+            identity = hashlib.blake2b(place.encode(), digest_size=8).hexdigest()
+            options = {"dir": place} if local else {}
+            self._wandb = wandb.init(project=wandb_project, name=directory.name, id=identity, resume="allow", **options)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append ``values`` of ``step``; keys are ``train/loss`` and the like."""
-        self._file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
-        self._file.flush()
+        self._lines.append(json.dumps({"step": step, **values}, ensure_ascii=False))
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         for name, value in numbers.items():
             self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
 
+    def flush(self) -> None:
+        """Return when all lines are where a run that goes on will find them."""
+        self._lines.flush()
+
     def close(self) -> None:
-        self._file.close()
+        self._lines.close()
         self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
 
 
-def _complete_lines(path: Path) -> list[str]:
+class _FileLines:
+    """The lines of a file, each written at once."""
+
+    def __init__(self, path: Path, lines: list[str]):
+        aside = path.with_suffix(".jsonl.partial")
+        aside.write_text("".join(line + "\n" for line in lines))
+        aside.replace(path)
+        self._file = path.open("a")
+
+    def append(self, line: str) -> None:
+        self._file.write(line + "\n")
+        self._file.flush()
+
+    def flush(self) -> None:
+        """Nothing is left to be written."""
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _BucketLines:
+    """The lines of an object, which is replaced as a whole."""
+
+    def __init__(self, path: AnyPath, lines: list[str]):
+        self._path = path
+        self._lines = lines
+        self._written = -1
+        self._copied = time.monotonic()
+
+    def append(self, line: str) -> None:
+        self._lines.append(line)
+        if time.monotonic() - self._copied > _COPY_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._written != len(self._lines):
+            self._path.write_text("".join(line + "\n" for line in self._lines))
+            self._written = len(self._lines)
+        self._copied = time.monotonic()
+
+    def close(self) -> None:
+        self.flush()
+
+
+def _complete_lines(path: AnyPath) -> list[str]:
     """The lines of a log, without a last one that a killed process left unfinished."""
     if not path.exists():
         return []

@@ -1,23 +1,26 @@
 """Profiler traces of a few steps, for TensorBoard or Perfetto."""
 
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
 
 import jax
+
+from speech_flax.storage import AnyPath, written_locally
 
 
 class ProfilerTrace:
     """Traces the steps ``first`` to ``last`` (from 1) into a directory; nothing when ``steps`` is ``None``."""
 
-    def __init__(self, steps: tuple[int, int] | None, directory: Path):
+    def __init__(self, steps: tuple[int, int] | None, directory: AnyPath):
         self._first, self._last = steps or (0, 0)
         self._directory = directory
         self._tracing = False
+        self._copying = ExitStack()
 
     def before(self, step: int) -> None:
         """To be called before ``step`` is dispatched."""
         if step == self._first:
-            jax.profiler.start_trace(str(self._directory))
+            jax.profiler.start_trace(str(self._copying.enter_context(written_locally(self._directory))))
             self._tracing = True
 
     def after(self, step: int, results: Any) -> None:
@@ -31,3 +34,4 @@ class ProfilerTrace:
         if self._tracing:
             jax.profiler.stop_trace()
             self._tracing = False
+            self._copying.close()

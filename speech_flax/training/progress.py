@@ -85,6 +85,13 @@ class Progress:
             self._report(step)
         return step, metrics
 
+    def settle(self) -> tuple[int, StepMetrics] | None:
+        """As :meth:`flush`, and all that was logged is kept: to be called before a checkpoint."""
+        arrived = self.flush()
+        if self._log is not None:
+            self._log.flush()
+        return arrived
+
     def _now(self) -> dict[str, float]:
         times = {name: self._clock.seconds(name) for name in ("data", "evaluation")}
         return {"running": self._clock.running, **times}

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from speech_flax.storage import AnyPath, exists, storage_path
 from speech_flax.training.experiment import Experiment, ExperimentError, differences, experiment_yaml, read_experiment
 
 _LIBRARIES = ("speech_flax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "datasets", "grain")
@@ -23,10 +24,10 @@ _FREE += ("model.remat", "model.scan_unroll", "data.max_bad_fraction", "optimize
 
 
 class RunDirectory:
-    """Files of a run. Only process 0 writes."""
+    """Files of a run, on this machine or in a bucket (``gs://``). Only process 0 writes."""
 
     def __init__(self, experiment: Experiment):
-        self.path = Path(experiment.run_directory)
+        self.path = storage_path(experiment.run_directory)
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
         self.results = self.path / "results.json"
@@ -39,7 +40,7 @@ class RunDirectory:
 
     def _check_same(self, experiment: Experiment) -> None:
         """Refuse to mix two experiments in one directory."""
-        if not self.config.exists():
+        if not exists(self.config):
             return
         changed = [name for name in differences(read_experiment(self.config), experiment) if name not in _FREE]
         if changed:
@@ -70,8 +71,11 @@ class RunDirectory:
             _write(self.results, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
 
 
-def _write(path: Path, text: str) -> None:
-    """A file that appears whole or not at all."""
+def _write(path: AnyPath, text: str) -> None:
+    """A file that appears whole or not at all; in a bucket, all do."""
+    if not isinstance(path, Path):
+        path.write_text(text)
+        return
     aside = path.with_name(path.name + ".partial")
     aside.write_text(text)
     aside.replace(path)

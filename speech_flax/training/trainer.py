@@ -133,7 +133,7 @@ class Trainer:
             except Stopped:
                 last = True
         if step % experiment.checkpoint_every == 0 or last:
-            self._check(progress.flush())
+            self._check(progress.settle())
             self._save(state)
         return last
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, PyTree
 
 from speech_flax.losses import ctc_loss
 from speech_flax.metrics import character_error_rate, word_error_rate
+from speech_flax.pretrained import pretrained_directory
 from speech_flax.text.tokenizer import Wav2Vec2CTCTokenizer
 from speech_flax.text.vocabulary import build_vocabulary
 from speech_flax.training.experiment import Experiment, ExperimentError
@@ -115,7 +116,7 @@ def make_processor(experiment: Experiment, family: Family, texts: Iterable[str])
     pretrained = experiment.model.pretrained
     if experiment.data.vocabulary is not None:
         tokenizer = Wav2Vec2CTCTokenizer(experiment.data.vocabulary)
-    elif pretrained is not None and (Path(pretrained) / "vocab.json").exists():
+    elif pretrained is not None and (pretrained_directory(pretrained) / "vocab.json").exists():
         tokenizer = Wav2Vec2CTCTokenizer.from_pretrained(pretrained)
     else:
         tokenizer = Wav2Vec2CTCTokenizer(build_vocabulary(texts), pad_token="<pad>")
