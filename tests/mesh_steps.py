@@ -92,16 +92,17 @@ class Layout:
     accumulation: int = 1
     remat: str = "none"
     scan_unroll: int = 1
-    restore: bool = False
+    save: bool = False
+    restore: str = ""
 
     def run(self, directory: Path) -> None:
-        """Do the steps from the beginning, or go on from the checkpoint after the first one."""
+        """Do the steps from the beginning, or go on from the checkpoint after the first one of another layout."""
         described = experiment(dict(self.config), family=self.family, remat=self.remat, scan_unroll=self.scan_unroll)
         mesh = make_mesh(MeshSettings(*self.mesh), jax.devices()[: int(np.prod(self.mesh))])
         task, _ = make_task(described, ["abcd ab"])
         optimizer = Optimizer(described.optimizer, 100)
         programs = Programs(task, optimizer, mesh, seed=0, accumulation=self.accumulation)
-        checkpoints = Checkpoints(directory / "checkpoints")
+        checkpoints = Checkpoints(directory / "checkpoints" / (self.restore or self.name))
         if self.restore:
             state, _ = checkpoints.restore_newest(programs.abstract_state)
         else:
@@ -115,7 +116,7 @@ class Layout:
             state, metrics = programs.train(state, batch(step, task.label_encoder.encode, process_shard(mesh)))
             losses.append(float(metrics.loss))
             norms.append(float(metrics.gradient_norm))
-            if self.name == "2x4x1 unrolled" and step == 0:
+            if self.save and step == 0:
                 checkpoints.save(state, {})
         checkpoints.close()
         self._write(directory, state, losses, norms)
@@ -131,16 +132,17 @@ class Layout:
 
 SINGLE = (
     Layout("reference"),
-    Layout("2x4x1 unrolled", (2, 4, 1), scan_unroll=2),
+    Layout("2x4x1 unrolled", (2, 4, 1), scan_unroll=2, save=True),
     Layout("2x1x1 accumulation 4", (2, 1, 1), accumulation=4),
-    Layout("restored on 2x2x2", (2, 2, 2), restore=True),
-    Layout("restored on 1 remat dots", remat="dots", restore=True),
+    Layout("restored on 2x2x2", (2, 2, 2), restore="2x4x1 unrolled"),
+    Layout("restored on 1 remat dots", remat="dots", restore="2x4x1 unrolled"),
     Layout("random reference", config=tuple(RANDOM.items())),
-    Layout("random 8x1x1 remat full", (8, 1, 1), config=tuple(RANDOM.items()), remat="full"),
+    Layout("random 8x1x1 remat full", (8, 1, 1), config=tuple(RANDOM.items()), remat="full", save=True),
+    Layout("random restored on 2x4x1", (2, 4, 1), config=tuple(RANDOM.items()), restore="random 8x1x1 remat full"),
     Layout("hubert reference", family="hubert", config=tuple(HUBERT.items())),
     Layout("hubert 2x2x2", (2, 2, 2), family="hubert", config=tuple(HUBERT.items())),
 )
-JOINED = (Layout("restored on two processes", (2, 2, 2), restore=True),)
+JOINED = (Layout("restored on two processes", (2, 2, 2), restore="2x4x1 unrolled"),)
 
 
 if __name__ == "__main__":

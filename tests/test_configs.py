@@ -3,9 +3,12 @@
 import dataclasses
 import json
 import logging
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
+import jax
 import pytest
 import yaml
 from recipe_corpora import SIZE, write_common_voice, write_fleurs, write_labelled, write_librispeech
@@ -14,8 +17,11 @@ from tone_corpus import TINY_MODEL, write_corpus
 from speech_flax.cli import main
 from speech_flax.configuration import HubertConfig, Wav2Vec2BertConfig
 from speech_flax.data.sources import DataSource, open_source
-from speech_flax.training.experiment import Experiment, ExperimentError, read_experiment
+from speech_flax.training.experiment import Experiment, ExperimentError, OptimizerSettings, read_experiment
 from speech_flax.training.loop import train
+from speech_flax.training.preflight import preflight
+from speech_flax.training.preflight_report import as_text
+from speech_flax.training.tpu_slices import parse_slice
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 FAMILIES = {"wav2vec2-bert": Wav2Vec2BertConfig, "hubert": HubertConfig}
@@ -28,6 +34,10 @@ TINY = {
 }
 CONTINUED = "continue_w2v_bert"
 BEFORE_IT = "librispeech_100h_w2v_bert"
+#: Of local checkpoints: what they were made from.
+PUBLISHED = {f"runs/{BEFORE_IT}/model": "facebook/w2v-bert-2.0"}
+#: Trained whenever the tests run; the others with ``-m slow``.
+QUICK = (BEFORE_IT, CONTINUED, "librispeech_960h_hubert_base")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -76,8 +86,10 @@ def places(tmp_path_factory):
     """Directories for runs and for compiled programs; what ``datasets`` converts goes there too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        jax.config.update("jax_disable_most_optimizations", True)  # compiling takes nearly all of the time
         yield tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("cache")
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
 
 
 def redirected(source: DataSource | None, corpora: dict[str, Path]) -> DataSource | None:
@@ -120,8 +132,14 @@ def tiny(path: Path, corpora: dict[str, Path], places: tuple[Path, Path]) -> Exp
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", sorted(CONFIGS, key=lambda path: path.stem == CONTINUED), ids=lambda path: path.stem)
+def recipes() -> list:
+    """Every experiment; the quick ones are of both families, from random and from given weights."""
+    in_order = sorted(CONFIGS, key=lambda path: path.stem == CONTINUED)
+    marks = {True: (), False: pytest.mark.slow}
+    return [pytest.param(path, id=path.stem, marks=marks[path.stem in QUICK]) for path in in_order]
+
+
+@pytest.mark.parametrize("path", recipes())
 def test_shipped_experiments_train_on_data_laid_out_as_theirs(path, corpora, places, caplog):
     experiment = tiny(path, corpora, places)
     if path.stem == CONTINUED and not Path(experiment.model.pretrained).exists():
@@ -137,6 +155,22 @@ def test_shipped_experiments_train_on_data_laid_out_as_theirs(path, corpora, pla
     assert not [record.message for record in caplog.records if "dropped" in record.message]
 
 
+def test_run_that_goes_on_does_not_read_the_pretrained_weights(corpora, places, monkeypatch):
+    before = tiny(CONFIGS[0].with_stem(BEFORE_IT), corpora, places)
+    if not (Path(before.run_directory) / "model").exists():
+        train(before)
+    experiment = tiny(CONFIGS[0].with_stem(CONTINUED), corpora, places)
+    results = Path(experiment.run_directory) / "results.json"
+    first = train(experiment)
+    results.unlink()
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the weights were read again")
+
+    monkeypatch.setattr("speech_flax.training.family._load_weights", refuse)
+    assert train(experiment)["test"] == first["test"] and results.exists()
+
+
 def test_splits_of_hub_data_are_joined(corpora, places):
     path = str(corpora["openslr/librispeech_asr"])
     joined = read_experiment("configs/librispeech_960h_hubert_base.yaml").data.train
@@ -145,6 +179,41 @@ def test_splits_of_hub_data_are_joined(corpora, places):
     assert len(parts) == 3
     assert list(utterances.ids()) == [name for part in parts for name in part.ids()]
     assert utterances.durations().tolist() == [seconds for part in parts for seconds in part.durations()]
+
+
+@pytest.fixture(scope="module")
+def step_hours() -> Callable[[Experiment, str], float]:
+    """Hours of one step on a slice, by preflight; experiments with the same program and shapes are compiled once."""
+    known = {}
+
+    def hours(experiment: Experiment, slice_name: str) -> float:
+        source = DataSource("owner/corpus", max_seconds=experiment.data.train.max_seconds)
+        data = dataclasses.replace(experiment.data, train=source, validation=None, test=None)
+        model = dataclasses.replace(
+            experiment.model, pretrained=PUBLISHED.get(path := experiment.model.pretrained, path)
+        )
+        same = {"run_directory": "none", "steps": 1, "evaluate_every": 1, "checkpoint_every": 1}
+        bare = dataclasses.replace(experiment, data=data, model=model, optimizer=OptimizerSettings(), **same)
+        if (key := (repr(bare), slice_name)) not in known:
+            report = preflight(bare, parse_slice(slice_name))
+            assert report.fits, as_text(report)
+            known[key] = report.hours
+        return known[key]
+
+    return hours
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_experiments_fit_the_slice_that_they_name_and_take_the_hours_that_they_say(path, step_hours):
+    header = " ".join(line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
+    if "--preflight" not in header:
+        assert "CPU core" in header
+        return
+    slice_name = re.search(r"--preflight (\S+)", header)[1]
+    experiment = read_experiment(path)
+    said = float(re.search(rf"at least ([\d.]+) hours on {slice_name} ", header)[1])
+    assert round(experiment.steps * step_hours(experiment, slice_name), 1) == pytest.approx(said, abs=0.11)
 
 
 class TestBase:

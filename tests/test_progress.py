@@ -13,7 +13,7 @@ from speech_flax.data.plan import BatchPlan
 from speech_flax.training.experiment import ExperimentError
 from speech_flax.training.goodput import Clock, Estimate
 from speech_flax.training.metrics_log import MetricsLog, check_wandb
-from speech_flax.training.progress import Progress
+from speech_flax.training.progress import Progress, device_memory
 from speech_flax.training.step import StepMetrics
 from speech_flax.training.trainer import Trainer, TrainingError
 from speech_flax.training.watchdog import Watchdog
@@ -66,6 +66,9 @@ class KeptLog(MetricsLog):
     def write(self, step, values):
         self.written.append((step, values))
 
+    def flush(self):
+        pass
+
     def close(self):
         pass
 
@@ -90,6 +93,26 @@ def test_numbers_of_a_step_are_looked_at_after_the_next_was_dispatched():
     assert values["speed/padding"] == pytest.approx(1 - 32_000 / samples)
     assert progress.flush()[0] == 3 and [step for step, _ in written] == [2, 3]
     progress.close()
+
+
+def test_most_memory_of_any_device_is_logged_where_the_platform_tells(monkeypatch):
+    def devices(*peaks: int | None) -> list[types.SimpleNamespace]:
+        statistics = [None if peak is None else {"bytes_in_use": 1, "peak_bytes_in_use": peak} for peak in peaks]
+        return [types.SimpleNamespace(memory_stats=lambda known=known: known) for known in statistics]
+
+    monkeypatch.setattr("jax.local_devices", lambda: devices(3 * 2**29, 2**30))
+    assert device_memory() == 1.5
+    plan, log = make_plan(), KeptLog()
+    progress = Progress(
+        steps=1, first_step=0, plan=plan, log=log, learning_rate=lambda step: 0.1, log_every=1, evaluate_every=None,
+        clock=Clock(),
+    )  # fmt: skip
+    progress.add(1, metrics(1.0))
+    progress.settle()
+    progress.close()
+    assert log.written[0][1]["speed/device_memory_gib"] == 1.5
+    monkeypatch.setattr("jax.local_devices", lambda: devices(None))
+    assert device_memory() is None
 
 
 def test_hang_shows_the_stacks_of_all_threads(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -12,8 +13,10 @@ from jaxtyping import Array, Bool, Int, PyTree
 import speech_flax
 from speech_flax.configuration import SpeechConfig
 from speech_flax.layers.masks import adapter_output_lengths, labelled_frames
+from speech_flax.pretrained import pretrained_directory
 from speech_flax.training.experiment import Experiment, ExperimentError, FeatureSettings
 from speech_flax.training.front_end import FrontEnd, LogMelFrontEnd, WaveformFrontEnd
+from speech_flax.training.task import WeightLoader
 
 #: Ends of the names of model classes, by task.
 HEADS = {
@@ -112,8 +115,9 @@ def check_fields(fields: dict[str, Any], known: tuple[str, ...]) -> None:
             raise ExperimentError(f"model.config has no field {name!r}{hint}")
 
 
-def make_model(experiment: Experiment, decided: dict[str, Any]) -> tuple[nn.Module, PyTree | None]:
-    """The model that ``experiment`` describes, and its pretrained parameters (``None`` if it starts from random ones).
+def make_model(experiment: Experiment, decided: dict[str, Any]) -> tuple[nn.Module, WeightLoader | None]:
+    """The model that ``experiment`` describes, and what loads its pretrained weights (``None`` if it starts from random
+    ones), which raises ExperimentError for weights that do not fit.
 
     Fields of its configuration are the experiment's; where that says nothing, those ``decided`` by the task, then those
     of the pretrained model or the defaults.
@@ -127,11 +131,18 @@ def make_model(experiment: Experiment, decided: dict[str, Any]) -> tuple[nn.Modu
     fields = decided | settings.config
     try:
         if settings.pretrained is None:
-            params, config = None, config_class.from_dict(fields)
+            load_weights, config = None, config_class.from_dict(fields)
         else:
-            module, params = model_class.from_pretrained(settings.pretrained, **fields)
-            config = module.config
+            load_weights = partial(_load_weights, model_class, settings.pretrained, fields)
+            config = config_class.from_pretrained(pretrained_directory(settings.pretrained), **fields)
     except (TypeError, ValueError) as error:
         raise ExperimentError(f"model: {error}") from error
     model = model_class(config, dtype=jnp.dtype(settings.dtype), remat=settings.remat, scan_unroll=settings.scan_unroll)
-    return model, params
+    return model, load_weights
+
+
+def _load_weights(model_class: type, pretrained: str, fields: dict[str, Any]) -> PyTree:
+    try:
+        return model_class.from_pretrained(pretrained, **fields)[1]
+    except (TypeError, ValueError) as error:
+        raise ExperimentError(f"model: {error}") from error

@@ -50,7 +50,7 @@ def train(experiment: Experiment) -> dict[str, Any] | None:
     mesh = make_mesh(experiment.mesh)
     splits = open_splits(experiment, mesh, run)
     check_agreement("the training utterances", str(splits["train"].plan_record()))
-    task, pretrained = make_task(experiment, splits["train"].utterances.texts())
+    task, load_weights = make_task(experiment, splits["train"].utterances.texts())
     check_heads(mesh, task.model.config.num_attention_heads)
     warn_of_unknown_labels(splits, task)
     loaders = {
@@ -58,10 +58,11 @@ def train(experiment: Experiment) -> dict[str, Any] | None:
     }
     programs = training_programs(experiment, task, mesh)
 
+    checkpoints = Checkpoints(run.checkpoints, experiment.keep_checkpoints, experiment.keep_every)
+    pretrained = load_weights() if load_weights is not None and not checkpoints.steps() else None
     run.open(experiment, splits["train"].plan_record())  # nothing is written before: all that can be wrong is checked
     say(splits["train"].plan.summary())
     say(f"{parameter_count(programs.abstract_state.params) / 1e6:.2f} M parameters on {mesh.size} device(s)")
-    checkpoints = Checkpoints(run.checkpoints, experiment.keep_checkpoints, experiment.keep_every)
     with StopRequest() as stop, Watchdog(experiment.hang_minutes) as watchdog:
         trainer = Trainer(experiment, run, splits, loaders, task, programs, checkpoints, stop, watchdog)
         state = trainer.initial_state(pretrained)

@@ -1,7 +1,7 @@
 """What is learned, as the rest of the training program sees it: it knows no task but through this."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -15,6 +15,9 @@ from jaxtyping import Array, Bool, Float, PyTree
 from speech_flax.data.loader import LabelEncoder
 from speech_flax.training.experiment import Experiment
 from speech_flax.training.front_end import FrontEnd
+
+#: Reads pretrained parameters, in float32; a run that goes on from a checkpoint does without.
+WeightLoader = Callable[[], PyTree]
 
 
 @flax.struct.dataclass
@@ -64,7 +67,7 @@ class Task(Protocol):
     label_dtype: DTypeLike
 
     @classmethod
-    def make(cls, experiment: Experiment, labels: Sequence[str]) -> tuple["Task", PyTree | None]:
+    def make(cls, experiment: Experiment, labels: Sequence[str]) -> tuple["Task", WeightLoader | None]:
         """See :func:`make_task`."""
 
     @classmethod
@@ -102,9 +105,9 @@ def initial_parameters(task: Task, key: Array) -> PyTree:
     return task.model.init({"params": key}, *task.front_end(*second))["params"]
 
 
-def make_task(experiment: Experiment, labels: Sequence[str]) -> tuple[Task, PyTree | None]:
-    """The task that ``experiment`` names, for the ``labels`` of its training utterances, and the pretrained parameters
-    (``None`` when training starts from random weights).
+def make_task(experiment: Experiment, labels: Sequence[str]) -> tuple[Task, WeightLoader | None]:
+    """The task that ``experiment`` names, for the ``labels`` of its training utterances, and what loads the pretrained
+    weights (``None`` when training starts from random ones).
 
     Raises:
         ExperimentError: for labels or model settings that do not fit the task.

@@ -20,7 +20,7 @@ from speech_flax.text.vocabulary import build_vocabulary
 from speech_flax.training.experiment import Experiment, ExperimentError
 from speech_flax.training.family import FAMILIES, Family, make_model
 from speech_flax.training.front_end import FrontEnd
-from speech_flax.training.task import RowResults, ScoredRow
+from speech_flax.training.task import RowResults, ScoredRow, WeightLoader
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +38,8 @@ class CTCTask:
     processor: Any
 
     @classmethod
-    def make(cls, experiment: Experiment, labels: Sequence[str]) -> tuple["CTCTask", PyTree | None]:
-        """A model for the characters of the transcripts ``labels``, and its pretrained parameters if it has any."""
+    def make(cls, experiment: Experiment, labels: Sequence[str]) -> tuple["CTCTask", WeightLoader | None]:
+        """A model for the characters of the transcripts ``labels``, and what loads its pretrained weights."""
         family = FAMILIES[experiment.model.family]
         processor = make_processor(experiment, family, labels)
         tokenizer = processor.tokenizer
@@ -50,8 +50,8 @@ class CTCTask:
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
         }
-        model, params = make_model(experiment, decided | family.decided_fields(processor.feature_extractor))
-        return cls(model, family, processor), params
+        model, load_weights = make_model(experiment, decided | family.decided_fields(processor.feature_extractor))
+        return cls(model, family, processor), load_weights
 
     @classmethod
     def load(cls, experiment: Experiment, model: nn.Module, directory: str | Path) -> "CTCTask":

@@ -22,7 +22,7 @@ from speech_flax.models.heads import frame_losses
 from speech_flax.training.experiment import Experiment, ExperimentError
 from speech_flax.training.family import FAMILIES, Family, make_model
 from speech_flax.training.front_end import FrontEnd
-from speech_flax.training.task import RowResults, ScoredRow
+from speech_flax.training.task import RowResults, ScoredRow, WeightLoader
 
 _SEVERAL = "multi_label_classification"
 
@@ -44,7 +44,7 @@ class FrameTask:
     feature_extractor: Any
 
     @classmethod
-    def make(cls, experiment: Experiment, labels: Sequence[str]) -> tuple["FrameTask", PyTree | None]:
+    def make(cls, experiment: Experiment, labels: Sequence[str]) -> tuple["FrameTask", WeightLoader | None]:
         """A model for the names in ``labels``, in alphabetical order."""
         family, fields = FAMILIES[experiment.model.family], experiment.model.config
         extractor = family.make_extractor(experiment)
@@ -53,12 +53,12 @@ class FrameTask:
             if "id2label" not in fields:
                 several = fields.get("problem_type", _SEVERAL) == _SEVERAL
                 decided["id2label"] = list(frame_label_names(labels, several))
-            model, params = make_model(experiment, decided)
+            model, load_weights = make_model(experiment, decided)
             task = cls(model, family, extractor)
             task.check(labels)
         except LabelError as error:
             raise ExperimentError(str(error)) from error
-        return task, params
+        return task, load_weights
 
     @classmethod
     def load(cls, experiment: Experiment, model: nn.Module, directory: str | Path) -> "FrameTask":

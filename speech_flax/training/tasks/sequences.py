@@ -18,7 +18,7 @@ from speech_flax.models.heads import sequence_losses
 from speech_flax.training.experiment import Experiment, ExperimentError
 from speech_flax.training.family import FAMILIES, Family, make_model
 from speech_flax.training.front_end import FrontEnd
-from speech_flax.training.task import RowResults, ScoredRow
+from speech_flax.training.task import RowResults, ScoredRow, WeightLoader
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class SequenceTask:
     feature_extractor: Any
 
     @classmethod
-    def make(cls, experiment: Experiment, labels: Sequence[str]) -> tuple["SequenceTask", PyTree | None]:
+    def make(cls, experiment: Experiment, labels: Sequence[str]) -> tuple["SequenceTask", WeightLoader | None]:
         """A model for the classes among ``labels``, in alphabetical order; or for their values, if
         ``model.config.num_labels`` is 1."""
         family, fields = FAMILIES[experiment.model.family], experiment.model.config
@@ -41,10 +41,10 @@ class SequenceTask:
         decided = family.decided_fields(extractor)
         if fields.get("num_labels") != 1 and "id2label" not in fields:
             decided["id2label"] = class_names(experiment, labels)
-        model, params = make_model(experiment, decided)
+        model, load_weights = make_model(experiment, decided)
         task = cls(model, family, extractor)
         task.check(labels)
-        return task, params
+        return task, load_weights
 
     @classmethod
     def load(cls, experiment: Experiment, model: nn.Module, directory: str | Path) -> "SequenceTask":

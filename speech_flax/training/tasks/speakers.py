@@ -20,7 +20,7 @@ from speech_flax.metrics import equal_error_rate
 from speech_flax.training.experiment import Experiment, ExperimentError
 from speech_flax.training.family import FAMILIES, Family, make_model
 from speech_flax.training.front_end import FrontEnd
-from speech_flax.training.task import RowResults, ScoredRow
+from speech_flax.training.task import RowResults, ScoredRow, WeightLoader
 from speech_flax.training.tasks.sequences import class_names
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class SpeakerTask:
     trials: tuple[Trial, ...] | None = None
 
     @classmethod
-    def make(cls, experiment: Experiment, labels: Sequence[str]) -> tuple["SpeakerTask", PyTree | None]:
+    def make(cls, experiment: Experiment, labels: Sequence[str]) -> tuple["SpeakerTask", WeightLoader | None]:
         """A model that learns to tell the speakers ``labels`` apart.
 
         Raises:
@@ -53,8 +53,8 @@ class SpeakerTask:
         speakers = class_names(experiment, labels)
         if len(set(labels)) < 2:
             raise ExperimentError(f"all utterances are by the speaker {labels[0]!r}; telling speakers apart needs two")
-        model, params = make_model(experiment, {"id2label": speakers, **family.decided_fields(extractor)})
-        return cls(model, family, extractor, _trials(experiment)), params
+        model, load_weights = make_model(experiment, {"id2label": speakers, **family.decided_fields(extractor)})
+        return cls(model, family, extractor, _trials(experiment)), load_weights
 
     @classmethod
     def load(cls, experiment: Experiment, model: nn.Module, directory: str | Path) -> "SpeakerTask":
