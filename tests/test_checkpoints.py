@@ -101,12 +101,15 @@ def test_bits_that_changed_without_a_trace_in_the_files_are_noticed(tmp_path, ca
     assert "checksum of params/head/kernel" in caplog.text
 
 
-def test_checkpoint_that_was_being_written_is_cleared_away(tmp_path):
+def test_checkpoint_that_was_being_written_is_reported_and_cleared_away(tmp_path, caplog):
     save(tmp_path, 3)
     partial = tmp_path / "7.orbax-checkpoint-tmp"
     (partial / "state").mkdir(parents=True)
-    assert restore(tmp_path)[1] == {"seen": 3}
+    with caplog.at_level(logging.WARNING, "speech_flax"):
+        assert restore(tmp_path)[1] == {"seen": 3}
     assert not partial.exists()
+    ours = [record.message for record in caplog.records if record.name.startswith("speech_flax")]
+    assert ours == [f"the checkpoint at step 7 in {tmp_path} is incomplete and left out"]
 
 
 def test_nothing_is_started_anew_when_all_are_damaged(tmp_path):

@@ -42,7 +42,7 @@ def train(*arguments: str) -> str:
         timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,7 @@ def run(bucket, tmp_path_factory):
 def test_run_in_a_bucket_is_continued_at_its_newest_complete_checkpoint(run):
     before, output = run
     assert f"continuing at step {STEPS - 2} from {RUN}" in output
+    assert f"the checkpoint at step {STEPS} in {RUN}/checkpoints is incomplete and left out" in output
     again, first = json.loads((storage_path(RUN) / "results.json").read_text()), json.loads(before)
     assert again["steps"] == STEPS and again["test"] == first["test"] and again["test"]["utterances"] == 4
 

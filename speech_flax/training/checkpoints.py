@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree
 
-from speech_flax.storage import AnyPath, storage_path
+from speech_flax.storage import AnyPath, exists, storage_path
 from speech_flax.training.step import TrainState
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,11 @@ class Checkpoints:
         )
         path = storage_path(directory)
         self.directory = path.resolve() if isinstance(path, Path) else path
+        found = [path.name for path in self.directory.iterdir()] if exists(self.directory) else []
         self._manager = ocp.CheckpointManager(self.directory, options=options)
+        for step in sorted(_numbers(found) - set(self.steps())):
+            if jax.process_index() == 0:
+                logger.warning("the checkpoint at step %d in %s is incomplete and left out", step, self.directory)
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, in order."""
@@ -150,6 +155,11 @@ def _checksums(tree: PyTree) -> PyTree:
         return (bits * odd).sum(dtype=jnp.uint32)  # modulo 2^32, so that the order of the sum does not matter
 
     return jax.tree.map(checksum, tree)
+
+
+def _numbers(names: list[str]) -> set[int]:
+    """Steps of the directories with these names, complete or being written, but not damaged."""
+    return {int(name.split(".")[0]) for name in names if re.fullmatch(r"\d+(\.orbax-checkpoint-tmp.*)?", name)}
 
 
 def _on_any_process(flag: bool) -> bool:
