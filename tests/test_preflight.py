@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from streamed_corpus import write_tar_shards
+from tone_corpus import write_corpus
 
 from speech_flax import HubertConfig, HubertForCTC, Wav2Vec2BertConfig, Wav2Vec2BertForCTC
 from speech_flax.cli import main
@@ -16,6 +18,7 @@ from speech_flax.data.sources import DataSource
 from speech_flax.training import preflight_report
 from speech_flax.training.experiment import DataSettings, Experiment, ExperimentError, ModelSettings
 from speech_flax.training.flops import forward_flops
+from speech_flax.training.loop import open_splits
 from speech_flax.training.preflight import (
     BucketReport,
     Memory,
@@ -24,6 +27,7 @@ from speech_flax.training.preflight import (
     largest_rows,
 )
 from speech_flax.training.preflight_plan import BucketShape, empty_batch, plan_preflight
+from speech_flax.training.run_directory import RunDirectory
 from speech_flax.training.sharding import ShardingError, make_mesh
 from speech_flax.training.step_compiler import placed_bytes, refused_memory
 
@@ -98,6 +102,39 @@ def test_shapes_come_from_the_settings_when_the_data_set_is_elsewhere(mesh):
     batch = empty_batch(plan.buckets[0], plan.task, mesh)
     assert batch.waveforms.shape == (24, 64_000) and batch.labels.shape == (24, 104) and batch.labels.dtype == np.int32
     assert not any(batch.waveforms.strides)  # no memory is taken
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_shapes_are_those_of_training_for_given_lengths_and_for_streams(mesh, tmp_path, streaming):
+    """A budget of 4 s: eight, five and two utterances, of which micro-batches and readers allow six, four and two. No
+    utterance is as long as the third bucket, so that only a stream, which cannot know, has it."""
+    shards = write_tar_shards(write_corpus(tmp_path / "files", {"train": 20}), tmp_path / "shards", [8, 12])
+    vocabulary = tmp_path / "vocab.json"
+    vocabulary.write_text(
+        json.dumps({token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", "|", *"abcd"])})
+    )
+    data = DataSettings(
+        DataSource(str(shards), streaming=streaming),
+        vocabulary=str(vocabulary),
+        batch_seconds=4.0,
+        bucket_seconds=(0.5, 0.8, 2.0),
+        batch_size=6,
+        stream_readers=2,
+    )
+    described = dataclasses.replace(
+        experiment(), data=data, accumulation=2, cache_directory=None, run_directory=str(tmp_path / "run")
+    )
+    planned = plan_preflight(described, mesh)
+    splits = open_splits(described, mesh, RunDirectory(described))
+    loader = splits["train"].loader(planned.task.label_encoder, data, planned.task.label_dtype)
+    trained = [loader.empty_batch(i) for i, count in enumerate(loader.plan.batches_per_bucket) if count]
+    assert [batch.waveforms.shape for batch in trained] == [(6, 8_000), (4, 12_800), (2, 32_000)][
+        : 3 if streaming else 2
+    ]
+    for bucket, batch in zip(planned.buckets, trained, strict=True):
+        preflight = empty_batch(bucket, planned.task, mesh)
+        assert (preflight.waveforms.shape, preflight.labels.shape) == (batch.waveforms.shape, batch.labels.shape)
+    assert any("is streamed" in text for text in planned.assumptions) == streaming
 
 
 def test_size_of_a_pretrained_model_is_known_without_it(mesh):

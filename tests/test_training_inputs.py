@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from jax.experimental import multihost_utils
+from streamed_corpus import write_tar_shards
 from tone_corpus import write_config, write_corpus
 
 from speech_flax.cli import main
@@ -109,6 +110,55 @@ def test_characters_outside_the_vocabulary_are_listed(refused, tmp_path):
     vocabulary.write_text(json.dumps({"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "|": 4, "a": 5, "b": 6, "c": 7}))
     error = refused(f"--data.vocabulary={vocabulary}")
     assert "'d' (" in error and "data.vocabulary" in error
+
+
+@pytest.fixture
+def refused_stream(refused, corpus, tmp_path):
+    """Runs ``train`` on two shards with changes to what a stream needs, and returns the one sentence."""
+    shards = write_tar_shards(corpus, tmp_path / "shards", [3, 3])
+    vocabulary = tmp_path / "vocab.json"
+    tokens = ["<pad>", "<s>", "</s>", "<unk>", "|", *"abcd"]
+    vocabulary.write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
+
+    def run(*options: str, train: dict[str, object] | None = None, **data: object) -> str:
+        source = {"path": str(shards), "streaming": True, "max_seconds": 1.0, **(train or {})}
+        defaults = {"batch_seconds": 4.0, "batch_size": 8, "num_buckets": 1, "vocabulary": str(vocabulary)}
+        return refused(*options, data={"train": source, **defaults, **data})
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"vocabulary": None}, "data.train.streaming: its characters are not known beforehand: set data.vocabulary"),
+        ({"train": {"max_seconds": None}}, "not known beforehand: set data.train.max_seconds, or data.bucket_seconds"),
+        ({"train": {"limit": 2}}, "leave out data.train.limit"),
+        ({"train": {"text_column": "txt"}}, "has no column 'txt' but '__key__', 'audio', 'text'; did you mean 'text'?"),
+        ({"cache_decoded_mb": 1}, "leave out data.cache_decoded_mb"),
+        ({"stream_readers": 4}, "has 2 shard(s), fewer than data.stream_readers = 4"),
+        ({"stream_readers": 16}, "data.batch_size = 8 is smaller than 16"),
+        ({"shuffle_buffer": 3}, "data.shuffle_buffer = 3 with data.stream_readers = 1"),
+        ({"bucket_seconds": [1.0, 0.5]}, "data.bucket_seconds is [1.0, 0.5]; it must be increasing"),
+        ({"stream_readers": 0}, "data.stream_readers is 0"),
+    ],
+)
+def test_streams_that_cannot_be_say_what_to_change(refused_stream, data, message):
+    assert message in refused_stream(**data)
+
+
+def test_streams_know_no_other_task(refused_stream, refused, corpus):
+    assert "task xvector" in refused_stream("--task=xvector")
+    assert "train.csv cannot be streamed" in refused_stream(train={"path": str(corpus / "train.csv")})
+    assert "set limit to a number of rows" in refused_stream(validation={"path": str(corpus), "streaming": True})
+
+
+def test_characters_and_audio_of_the_first_streamed_rows_are_looked_at(refused_stream, tmp_path):
+    assert "outside the vocabulary: 'C' (5)" in refused_stream(train={"case": "upper"})
+    lines = tmp_path / "gone.jsonl"
+    lines.write_text('{"audio": "gone.wav", "text": "ab"}\n')
+    error = refused_stream(train={"path": str(lines)})
+    assert "gone.jsonl cannot be read" in error and "no such file" in error
 
 
 def test_mesh_that_does_not_fit_the_devices_says_what_to_change(refused):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Int64
@@ -64,15 +65,33 @@ def suggest_buckets(
     if known.size == 0:
         raise ValueError("no utterance has a known duration, so there is nothing to make batches of")
     bounds, counts = _least_padding(known, num_buckets)
+    budgeted = buckets_up_to(
+        bounds, seconds_per_batch=seconds_per_batch, max_batch_size=max_batch_size, batch_multiple=batch_multiple
+    )
+    needed = [math.ceil(count / batch_multiple) * batch_multiple for count in counts]
+    return [
+        Bucket(bucket.max_seconds, min(bucket.batch_size, most)) for bucket, most in zip(budgeted, needed, strict=True)
+    ]
+
+
+def buckets_up_to(
+    bounds: Sequence[float], *, seconds_per_batch: float, max_batch_size: int | None = None, batch_multiple: int = 1
+) -> list[Bucket]:
+    """Buckets of these lengths in seconds, each with as many utterances as the budget of padded audio per batch holds:
+    the largest multiple of ``batch_multiple`` that is within ``seconds_per_batch`` and ``max_batch_size``, at least
+    ``batch_multiple``."""
     buckets = []
-    for bound, count in zip(bounds, counts, strict=True):
+    for bound in bounds:
         size = int(seconds_per_batch / bound + 1e-9)
         if max_batch_size is not None:
             size = min(size, max_batch_size)
-        needed = math.ceil(count / batch_multiple) * batch_multiple
-        size = min(size // batch_multiple * batch_multiple, needed)
-        buckets.append(Bucket(float(bound), max(size, batch_multiple)))
+        buckets.append(Bucket(float(bound), max(size // batch_multiple * batch_multiple, batch_multiple)))
     return buckets
+
+
+def equal_steps(max_seconds: float, num_buckets: int) -> list[float]:
+    """Lengths of ``num_buckets`` buckets in equal steps up to ``max_seconds``, for utterances of unknown lengths."""
+    return sorted({round(max_seconds * (index + 1) / num_buckets, 1) for index in range(num_buckets)})
 
 
 def _least_padding(durations: np.ndarray, num_buckets: int) -> tuple[list[float], list[int]]:

@@ -5,12 +5,12 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Bool, Float32, Int32, Int64
 from numpy.typing import DTypeLike
 from tqdm import tqdm
 
 from speech_flax.audio.decoding import AudioError
-from speech_flax.data.plan import EMPTY_ROW, BatchPlan
+from speech_flax.data.plan import EMPTY_ROW, BatchPlan, PlannedBatch
 from speech_flax.data.sources import Utterances
 from speech_flax.data.speed import SpeedPerturbed
 from speech_flax.data.waveform_cache import WaveformCache
@@ -18,7 +18,7 @@ from speech_flax.data.waveform_cache import WaveformCache
 IGNORED_LABEL = -100
 # A decoded file may be this much longer than planned (rounded durations, resampling) and is cut; beyond, it is bad.
 _MAX_EXCESS_SECONDS = 0.1
-_LABEL_MULTIPLE = 8
+LABEL_MULTIPLE = 8
 
 
 @runtime_checkable
@@ -27,6 +27,32 @@ class LabelEncoder(Protocol):
 
     def encode(self, text: str) -> Sequence[int] | Sequence[float]:
         """The numbers of one label."""
+
+
+@runtime_checkable
+class RowsToRead(Protocol):
+    """Utterances by number."""
+
+    def ids(self) -> Sequence[str]:
+        """Names of all utterances."""
+
+    def texts(self) -> Sequence[str]:
+        """Transcripts or other labels of all utterances."""
+
+    def waveform(self, index: int) -> Float32[np.ndarray, "samples"]:
+        """Decoded audio of one utterance."""
+
+
+@runtime_checkable
+class PlanToRead(Protocol):
+    """Which of these utterances make up which step, and how long they are to be."""
+
+    bucket_samples: tuple[int, ...]
+    num_samples: Int64[np.ndarray, "utterances"]
+    sampling_rate: int
+
+    def batch(self, step: int) -> PlannedBatch:
+        """The batch of ``step``."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,7 +119,7 @@ class BatchLoader:
         self.plan = plan
         self.label_widths = label_widths(plan, utterances.texts(), encoder)
         cache = WaveformCache(cache_decoded_mb * 2**20 // max(num_processes, 1))
-        self._reader = _BatchReader(
+        self._reader = BatchReader(
             plan, utterances, encoder, self.label_widths, np.dtype(label_dtype), index, count, cache
         )
         self._num_workers = num_workers
@@ -103,6 +129,12 @@ class BatchLoader:
         """A batch of the bucket's shape without utterances, to compile for."""
         size = self.plan.buckets[bucket_index].batch_size
         return self._reader.read(0, bucket_index, np.full(size, EMPTY_ROW))
+
+    def position(self, step: int) -> None:
+        """What must be known to go on after ``step`` steps: nothing but their number."""
+
+    def restore(self, position: None) -> None:
+        """Go on at a position: the step says it all."""
 
     def batches(self, first_step: int = 0, num_steps: int | None = None) -> Iterator[Batch]:
         """The batches of steps ``first_step``, ``first_step + 1``, ...; by default, one epoch of them.
@@ -128,6 +160,13 @@ class BatchLoader:
             yield from iterator
         finally:
             iterator.close()
+
+
+def rows_of_process(row_indices: Int64[np.ndarray, "batch"], shard: tuple[int, int]) -> Int64[np.ndarray, "rows"]:
+    """The part (index, count) of the rows of a batch that one process reads."""
+    index, count = shard
+    size = row_indices.size // count
+    return row_indices[index * size : (index + 1) * size]
 
 
 def _let_grain_read_its_flags() -> None:
@@ -159,15 +198,15 @@ def label_widths(plan: BatchPlan, texts: Sequence[str], encoder: LabelEncoder) -
     np.maximum.at(longest, own_bucket, lengths)
     # What does not fill a batch joins a longer bucket, so that each must be wide enough for all shorter ones.
     longest = np.maximum.accumulate(longest)
-    return tuple(int(-(-width // _LABEL_MULTIPLE) * _LABEL_MULTIPLE) for width in longest)
+    return tuple(int(-(-width // LABEL_MULTIPLE) * LABEL_MULTIPLE) for width in longest)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _BatchReader:
-    """Makes the batch of one step; runs in worker threads or processes."""
+class BatchReader:
+    """Makes the batch of one step: this process's part of the rows. Runs in worker threads or processes."""
 
-    plan: BatchPlan
-    utterances: Utterances | SpeedPerturbed
+    plan: PlanToRead
+    utterances: RowsToRead
     encoder: LabelEncoder
     label_widths: tuple[int, ...]
     label_dtype: np.dtype
@@ -181,8 +220,8 @@ class _BatchReader:
 
     def read(self, step: int, bucket_index: int, row_indices: np.ndarray) -> Batch:
         """This process's part of the rows."""
-        size = row_indices.size // self.shard_count
-        rows = row_indices[self.shard_index * size : (self.shard_index + 1) * size]
+        rows = rows_of_process(row_indices, (self.shard_index, self.shard_count))
+        size = rows.size
         batch = Batch(
             step=step,
             waveforms=np.zeros((size, self.plan.bucket_samples[bucket_index]), np.float32),

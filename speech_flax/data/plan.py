@@ -172,11 +172,11 @@ class BatchPlan:
         for members, (own, _) in zip(self._members, self._layout, strict=True):
             joined = np.concatenate([members, carried])
             if self.shuffle:
-                joined = joined[_permutation(generator, joined.size)]
+                joined = joined[random_permutation(generator, joined.size)]
             rows.append(joined[:own])
             carried = joined[own:]
         steps = self.steps_per_epoch
-        return (_permutation(generator, steps) if self.shuffle else np.arange(steps)), rows
+        return (random_permutation(generator, steps) if self.shuffle else np.arange(steps)), rows
 
     def __getstate__(self) -> dict:
         """Pickles for worker processes, without the lock and the arranged epochs."""
@@ -186,7 +186,8 @@ class BatchPlan:
         self.__dict__.update(state, _lock=threading.Lock())
 
 
-def _permutation(generator: np.random.Philox, size: int) -> np.ndarray:
+def random_permutation(generator: np.random.Philox, size: int) -> Int64[np.ndarray, "size"]:
+    """The numbers below ``size`` in random order, the same in every version of NumPy."""
     return np.argsort(generator.random_raw(size), kind="stable")
 
 

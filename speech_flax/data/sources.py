@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float32, Float64
 
 from speech_flax.audio.decoding import AudioError, load_audio
 from speech_flax.data.durations import file_identity, scan_durations
+from speech_flax.data.shards import first_rows
 from speech_flax.data.tables import SourceError, Table, read_table
 from speech_flax.data.tar_shards import read_slice
 
@@ -41,6 +42,8 @@ class DataSource:
         min_seconds: Shorter utterances are dropped.
         max_seconds: Longer utterances are dropped.
         limit: Only the first rows, this many.
+        streaming: Read training data shard after shard, without an index of them and without downloading them first;
+            of other data, fetch the first ``limit`` rows and no more.
         trim_silence_db: Cut leading and trailing audio that is this many decibels below the peak.
         case: Letter case of transcripts.
         punctuation: Whether punctuation of transcripts is kept.
@@ -59,6 +62,7 @@ class DataSource:
     min_seconds: float = 0.0
     max_seconds: float | None = None
     limit: int | None = None
+    streaming: bool = False
     trim_silence_db: float | None = None
     case: Literal["keep", "lower", "upper"] = "keep"
     punctuation: Literal["keep", "remove"] = "keep"
@@ -138,15 +142,7 @@ class Utterances(Sequence[Utterance]):
         Raises:
             AudioError: when it cannot be decoded or holds nothing but silence; names the utterance and the cause.
         """
-        utterance = self[index]
-        waveform = load_audio(utterance.audio, name=utterance.id if isinstance(utterance.audio, bytes) else None)
-        if self.source.trim_silence_db is not None:
-            import librosa
-
-            waveform, _ = librosa.effects.trim(waveform, top_db=self.source.trim_silence_db)
-            if waveform.size == 0 or not waveform.any():
-                raise AudioError(f"{utterance.id}: holds nothing but silence")
-        return waveform
+        return decode(self[index], self.source)
 
     def summary(self) -> str:
         """How many utterances there are, and what was dropped and why, in one line per reason."""
@@ -169,14 +165,7 @@ class Utterances(Sequence[Utterance]):
 
     def _encoded(self, index: int) -> str | bytes:
         """Path or bytes of the audio; an empty path when the table holds neither."""
-        value = self._audio[int(self._rows[index])][self._audio_column]
-        if isinstance(value, dict) and "shard" in value:
-            return read_slice(**value)
-        if isinstance(value, dict):
-            value = value["bytes"] if value.get("bytes") is not None else value.get("path")
-        if isinstance(value, str) and value:
-            return str(self._directory / value)
-        return value or ""
+        return encoded_audio(self._audio[int(self._rows[index])][self._audio_column], self._directory)
 
     def _identities(self) -> list[str]:
         """What changes when the audio of an utterance does: its file, or the files of the table that embeds it."""
@@ -200,6 +189,33 @@ class Utterances(Sequence[Utterance]):
         ]
 
 
+def decode(utterance: Utterance, source: DataSource) -> Float32[np.ndarray, "samples"]:
+    """The audio of an utterance of ``source``: mono, 16 kHz, silence trimmed if the source says so.
+
+    Raises:
+        AudioError: when it cannot be decoded or holds nothing but silence; names the utterance and the cause.
+    """
+    waveform = load_audio(utterance.audio, name=utterance.id if isinstance(utterance.audio, bytes) else None)
+    if source.trim_silence_db is not None:
+        import librosa
+
+        waveform, _ = librosa.effects.trim(waveform, top_db=source.trim_silence_db)
+        if waveform.size == 0 or not waveform.any():
+            raise AudioError(f"{utterance.id}: holds nothing but silence")
+    return waveform
+
+
+def encoded_audio(value: Any, directory: Path) -> str | bytes:
+    """Path or bytes of the audio that a cell of an audio column holds; an empty path when it holds neither."""
+    if isinstance(value, dict) and "shard" in value:
+        return read_slice(**value)
+    if isinstance(value, dict):
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    if isinstance(value, str) and value:
+        return str(directory / value)
+    return value or ""
+
+
 def open_source(
     source: DataSource, *, cache: str | Path | None = None, label_columns: Sequence[str] | None = None
 ) -> Utterances:
@@ -216,7 +232,14 @@ def open_source(
     Raises:
         SourceError: for a path, split or column that does not exist, a malformed table, or when nothing is left.
     """
-    table = read_table(source.path, source.split, source.name)
+    if source.streaming and source.limit is not None:
+        table = first_rows(source.path, source.split, source.name, source.limit)
+    elif source.streaming:
+        raise SourceError(
+            f"{source.path} is streamed, which would never end for data to evaluate on: set limit to a number of rows"
+        )
+    else:
+        table = read_table(source.path, source.split, source.name)
     if source.limit is not None:
         table = dataclasses.replace(table, rows=table.rows[: source.limit])
     audio_column = table.column(source.audio_column, AUDIO_COLUMNS, "audio_column")
@@ -282,17 +305,18 @@ def _texts(source: DataSource, table: Table, column: str) -> list[str]:
         raise SourceError(
             f"column {column!r} of {table.origin} holds {type(wrong).__name__} values such as {wrong!r}, not text"
         )
-    texts = [value or "" for value in values]
+    return [normalized(value or "", source) for value in values]
+
+
+def normalized(text: str, source: DataSource) -> str:
+    """A transcript in the letter case and with the punctuation that ``source`` asks for."""
     if source.case == "keep" and source.punctuation == "keep":
-        return [" ".join(text.split()) for text in texts]
+        return " ".join(text.split())
     from speech_flax.text.normalization import normalize_transcript
 
-    return [
-        normalize_transcript(
-            text, case=source.case, punctuation=source.punctuation, keep_characters=source.keep_characters
-        )
-        for text in texts
-    ]
+    return normalize_transcript(
+        text, case=source.case, punctuation=source.punctuation, keep_characters=source.keep_characters
+    )
 
 
 def _labels(table: Table, column: str) -> list[str]:

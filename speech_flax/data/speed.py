@@ -63,9 +63,13 @@ class SpeedPerturbed(Sequence[Utterance]):
             AudioError: when it cannot be decoded.
         """
         original, factor = self._parts(index)
-        waveform = self._utterances.waveform(original)
-        if factor == 1:
-            return waveform
-        import soxr
+        return change_speed(self._utterances.waveform(original), factor)
 
-        return soxr.resample(waveform, factor, 1.0, quality="HQ")
+
+def change_speed(waveform: Float32[np.ndarray, "samples"], factor: float) -> Float32[np.ndarray, "resampled"]:
+    """``waveform`` played ``factor`` times as fast."""
+    if factor == 1:
+        return waveform
+    import soxr
+
+    return soxr.resample(waveform, factor, 1.0, quality="HQ")

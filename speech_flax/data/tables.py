@@ -47,14 +47,22 @@ class Table:
         Raises:
             SourceError: when there is none, with the columns that exist and the nearest one.
         """
-        names = self.dataset.column_names
-        for name in (wanted,) if wanted is not None else known:
-            if name in names:
-                return name
-        sought = repr(wanted) if wanted is not None else " or ".join(repr(name) for name in known)
-        nearest = difflib.get_close_matches(wanted or known[0], names, n=1, cutoff=0.5)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; set {field} to one of them"
-        raise SourceError(f"{self.origin} has no column {sought} but {', '.join(map(repr, names))}{hint}")
+        return choose_column(self.dataset.column_names, wanted, known, field, self.origin)
+
+
+def choose_column(names: Sequence[str], wanted: str | None, known: Sequence[str], field: str, origin: str) -> str:
+    """One of ``names``: ``wanted``, or the first of ``known`` that is among them.
+
+    Raises:
+        SourceError: when there is none, with the columns of ``origin`` that exist and the nearest one.
+    """
+    for name in (wanted,) if wanted is not None else known:
+        if name in names:
+            return name
+    sought = repr(wanted) if wanted is not None else " or ".join(repr(name) for name in known)
+    nearest = difflib.get_close_matches(wanted or known[0], names, n=1, cutoff=0.5)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; set {field} to one of them"
+    raise SourceError(f"{origin} has no column {sought} but {', '.join(map(repr, names))}{hint}")
 
 
 def read_table(path: str, split: str, name: str | None = None) -> Table:
@@ -75,8 +83,8 @@ def read_table(path: str, split: str, name: str | None = None) -> Table:
         table = _read_file(local, split)
     elif local.is_dir():
         table = _read_directory(local, split, name)
-    elif _may_be_hub_id(path):
-        table = Table.whole(_load(path, split, name), Path(), f"data set {path!r}")
+    elif may_be_hub_id(path):
+        table = Table.whole(load_dataset(path, split, name), Path(), f"data set {path!r}")
     else:
         raise SourceError(f"data source {path!r} is neither a file nor a directory")
     if table.rows.size == 0:
@@ -84,7 +92,8 @@ def read_table(path: str, split: str, name: str | None = None) -> Table:
     return table
 
 
-def _may_be_hub_id(path: str) -> bool:
+def may_be_hub_id(path: str) -> bool:
+    """Whether ``path``, which is no local one, has the form OWNER/NAME of the hub."""
     parts = path.split("/")
     return len(parts) == 2 and all(part and part.strip(".~") for part in parts) and not Path(path).suffix
 
@@ -93,9 +102,9 @@ def _read_file(path: Path, split: str) -> Table:
     if path.suffix in MANIFEST_SUFFIXES:
         return _of_split(_read_manifest(path), split)
     if path.suffix == ".parquet":
-        dataset = _load("parquet", WHOLE, data_files=str(path), origin=str(path))
+        dataset = load_dataset("parquet", WHOLE, data_files=str(path), origin=str(path))
     elif path.suffix == ".arrow":
-        dataset = _load("arrow", WHOLE, data_files=str(path), origin=str(path))
+        dataset = load_dataset("arrow", WHOLE, data_files=str(path), origin=str(path))
     elif path.suffix == ".tar":
         return _read_tar([path], path.parent, str(path))
     else:
@@ -113,9 +122,14 @@ def _read_directory(directory: Path, split: str, name: str | None) -> Table:
             return _of_split(_read_manifest(manifest), split)
     if (directory / "dataset_dict.json").is_file() or (directory / "state.json").is_file():
         return _read_saved(directory, split)
-    if shards := sorted(directory.glob(f"{split}*.tar")) or sorted(directory.glob(f"{split}/*.tar")):
+    if shards := tar_paths(directory, split):
         return _read_tar(shards, directory, str(directory))
-    return Table.whole(_load(str(directory), split, name), directory, str(directory))
+    return Table.whole(load_dataset(str(directory), split, name), directory, str(directory))
+
+
+def tar_paths(directory: Path, split: str) -> list[Path]:
+    """Tar shards of a split in a directory, in order."""
+    return sorted(directory.glob(f"{split}*.tar")) or sorted(directory.glob(f"{split}/*.tar"))
 
 
 def _read_tar(shards: Sequence[Path], directory: Path, origin: str) -> Table:
@@ -125,7 +139,7 @@ def _read_tar(shards: Sequence[Path], directory: Path, origin: str) -> Table:
         columns = read_shards(shards)
     except ShardError as error:
         raise SourceError(str(error)) from error
-    return _of_columns(columns, directory, origin)
+    return table_of_columns(columns, directory, origin)
 
 
 def _read_saved(directory: Path, split: str) -> Table:
@@ -163,10 +177,15 @@ def _read_manifest(path: Path) -> Table:
         columns = _read_json(path) if path.suffix in (".json", ".jsonl") else _read_csv(path)
     except UnicodeDecodeError as error:
         raise SourceError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it") from error
-    return _of_columns(columns, path.parent, str(path))
+    return table_of_columns(columns, path.parent, str(path))
 
 
-def _of_columns(columns: dict[str, list[Any]], directory: Path, origin: str) -> Table:
+def table_of_columns(columns: dict[str, list[Any]], directory: Path, origin: str) -> Table:
+    """A table held in memory.
+
+    Raises:
+        SourceError: when a column mixes types of values.
+    """
     import datasets
 
     try:
@@ -222,7 +241,7 @@ def _parse_json(text: str, path: Path, first_line: int) -> Any:
         raise SourceError(f"{path}, line {first_line + error.lineno - 1}, is not JSON: {error.msg}") from error
 
 
-def _load(path: str, split: str, name: str | None = None, origin: str | None = None, **options: Any) -> Any:
+def load_dataset(path: str, split: str, name: str | None = None, origin: str | None = None, **options: Any) -> Any:
     """``datasets.load_dataset`` with one-sentence errors, and progress bars on a terminal only."""
     import datasets
 

@@ -27,12 +27,17 @@ def read_shards(paths: Sequence[Path]) -> dict[str, list[Any]]:
         ShardError: for a file that is no uncompressed tar, or a sample without audio.
     """
     progress = tqdm(paths, desc="index of tar shards", unit="shard", delay=2, disable=None, leave=False)
-    samples = [sample for path in progress for sample in _samples(path)]
+    samples = [sample for path in progress for sample in read_samples(path)]
     names = {name: None for sample in samples for name in sample}
     return {name: [sample.get(name) for sample in samples] for name in names}
 
 
-def _samples(path: Path) -> Iterator[dict[str, Any]]:
+def read_samples(path: Path) -> Iterator[dict[str, Any]]:
+    """The samples of one shard, in order, as rows of the columns of :func:`read_shards`.
+
+    Raises:
+        ShardError: for a file that is no uncompressed tar, or a sample without audio.
+    """
     sample: dict[str, Any] = {}
     try:
         with tarfile.open(path, "r:") as archive:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from speech_flax.audio.decoding import AudioError
-from speech_flax.data.buckets import Bucket, duration_samples, suggest_buckets
+from speech_flax.data.buckets import Bucket, buckets_up_to, duration_samples, equal_steps, suggest_buckets
 from speech_flax.data.loader import BatchLoader, LabelEncoder
 from speech_flax.data.plan import BatchPlan
 from speech_flax.data.sources import DataSource, Utterances, open_source
@@ -40,6 +41,10 @@ class Split:
             num_workers=settings.num_workers,
             cache_decoded_mb=settings.cache_decoded_mb,
         )
+
+    def labels(self) -> Sequence[str]:
+        """Transcripts or other labels of all utterances."""
+        return self.utterances.texts()
 
     def plan_record(self) -> dict[str, Any]:
         """What a continued run needs to make the same batches on another mesh, as plain data."""
@@ -76,12 +81,7 @@ def open_split(
         ShardingError: when batches cannot be cut into as many parts as there are shards and micro-batches.
         ExperimentError: when the utterances are no longer those that were planned for.
     """
-    multiple = batch_divisor(mesh) * (accumulation if training else 1)
-    if settings.batch_size < multiple:
-        raise ShardingError(
-            f"data.batch_size = {settings.batch_size} is smaller than {multiple}, the product of mesh.data, mesh.fsdp "
-            "and accumulation: every device needs a row in every micro-batch"
-        )
+    multiple = batch_multiple(settings, mesh, accumulation if training else 1)
     shard = process_shard(mesh)
     utterances = open_source(source, cache=cache, label_columns=label_columns)
     durations = np.asarray(utterances.durations(cache))
@@ -90,7 +90,11 @@ def open_split(
     if training and settings.speed_factors != (1.0,):
         utterances = SpeedPerturbed(utterances, settings.speed_factors)
         durations = utterances.durations()
-    if planned is None:
+    if planned is not None:
+        buckets = planned_buckets(planned, multiple)
+    elif settings.bucket_seconds is not None:
+        buckets = buckets_from_settings(settings, multiple)
+    else:
         buckets = suggest_buckets(
             durations,
             settings.num_buckets,
@@ -98,14 +102,6 @@ def open_split(
             max_batch_size=settings.batch_size,
             batch_multiple=multiple,
         )
-    else:
-        buckets = [Bucket(seconds, size) for seconds, size in planned["buckets"]]
-        for bucket in buckets:
-            if bucket.batch_size % multiple:
-                raise ShardingError(
-                    f"this run was begun with batches of {bucket.batch_size} utterances, which mesh.data x mesh.fsdp x "
-                    f"accumulation = {multiple} does not divide; choose a mesh and accumulation that do"
-                )
     plan = BatchPlan(duration_samples(durations), buckets, seed=seed, shuffle=training)
     split = Split(utterances, plan, shard)
     if planned is not None and split.plan_record() != planned:
@@ -114,6 +110,63 @@ def open_split(
             f"{len(utterances)} now): restore it, or choose another run_directory"
         )
     return split
+
+
+def batch_multiple(settings: DataSettings, mesh: Mesh, accumulation: int) -> int:
+    """What the number of rows of every batch must be a multiple of.
+
+    Raises:
+        ShardingError: when the settings do not allow batches as large as that.
+    """
+    multiple = batch_divisor(mesh) * accumulation
+    names = "the product of mesh.data, mesh.fsdp and accumulation"
+    if settings.train.streaming:
+        multiple = math.lcm(multiple, settings.stream_readers)
+        names += ", and a multiple of data.stream_readers"
+    if settings.batch_size < multiple:
+        raise ShardingError(
+            f"data.batch_size = {settings.batch_size} is smaller than {multiple}, {names}: every device needs a row in "
+            "every micro-batch"
+        )
+    return multiple
+
+
+def buckets_from_settings(settings: DataSettings, multiple: int) -> list[Bucket]:
+    """Buckets of the lengths ``bucket_seconds``, or in equal steps up to the longest training utterance at its slowest.
+
+    Raises:
+        ExperimentError: when neither is known.
+    """
+    bounds, longest = settings.bucket_seconds, settings.train.max_seconds
+    if bounds is None and longest is None:
+        raise ExperimentError(
+            f"the lengths of the utterances of data.train.path = {settings.train.path!r} are not known beforehand: set "
+            "data.train.max_seconds, or data.bucket_seconds"
+        )
+    if bounds is None:
+        bounds = equal_steps(longest / min(settings.speed_factors), settings.num_buckets)
+    return buckets_up_to(
+        bounds,
+        seconds_per_batch=settings.batch_seconds,
+        max_batch_size=settings.batch_size,
+        batch_multiple=multiple,
+    )
+
+
+def planned_buckets(planned: dict[str, Any], multiple: int) -> list[Bucket]:
+    """The buckets that a run was begun with.
+
+    Raises:
+        ShardingError: when their batches cannot be cut into as many parts as are needed now.
+    """
+    buckets = [Bucket(seconds, size) for seconds, size in planned["buckets"]]
+    for bucket in buckets:
+        if bucket.batch_size % multiple:
+            raise ShardingError(
+                f"this run was begun with batches of {bucket.batch_size} utterances, which mesh.data x mesh.fsdp x "
+                f"accumulation = {multiple} does not divide; choose a mesh and accumulation that do"
+            )
+    return buckets
 
 
 def _explain_unreadable(utterances: Utterances) -> None:

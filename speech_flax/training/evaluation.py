@@ -1,16 +1,15 @@
 """Metrics of a model on a set of utterances."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from speech_flax.data.loader import Batch
+from speech_flax.training.processes import exchange
 from speech_flax.training.task import RowResults, ScoredRow, Task
 
 #: Titles of the metrics that are ratios, by their names in results and logs.
@@ -91,13 +90,7 @@ def _from_all_processes(
     """Join every process's lists and sum its counts."""
     if jax.process_count() == 1:
         return rows, losses, bad, infeasible
-    own = ([dataclasses.astuple(row) for row in rows], losses, bad, infeasible)
-    encoded = np.frombuffer(json.dumps(own).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array([encoded.size], np.int32)).reshape(-1)
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: encoded.size] = encoded
-    gathered = multihost_utils.process_allgather(padded)
-    everyone = [json.loads(bytes(row[:size])) for row, size in zip(gathered, sizes, strict=True)]
+    everyone = exchange(([dataclasses.astuple(row) for row in rows], losses, bad, infeasible))
     rows = sorted((ScoredRow(*row) for part in everyone for row in part[0]), key=lambda row: (row.id, row.reference))
     losses = [loss for part in everyone for loss in part[1]]
     bad = [message for part in everyone for message in part[2]]

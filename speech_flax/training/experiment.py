@@ -17,6 +17,9 @@ from speech_flax.data.sources import DataSource
 from speech_flax.storage import in_bucket
 from speech_flax.training.config_files import with_bases
 
+#: Fields of the data that must be positive.
+_POSITIVE_DATA = ("batch_seconds", "batch_size", "num_buckets", "shuffle_buffer", "stream_readers", "labels_per_second")
+
 
 class ExperimentError(ValueError):
     """A mistake in a configuration file or on the command line, in one sentence."""
@@ -74,6 +77,13 @@ class DataSettings:
         batch_seconds: Audio seconds per step, padding included, over all devices.
         batch_size: Utterances per step at most.
         num_buckets: Number of length buckets, each a static shape that is compiled once.
+        bucket_seconds: Lengths of the buckets in increasing order; none takes ``num_buckets`` of them, those with the
+            least padding or, where lengths are not known beforehand, equal steps up to ``train.max_seconds``.
+        shuffle_buffer: Utterances of a stream that are shuffled, and sorted into buckets, at a time.
+        stream_readers: Parts that the shards of a stream are dealt out to, each read on its own. The number of hosts,
+            or a multiple of it: every host reads its own shards alone.
+        labels_per_second: Most labels per second of a bucket's length where transcripts are not known beforehand;
+            utterances of a stream that have more are left out.
         num_workers: Threads that read and decode audio ahead of the device.
         speed_factors: Speeds at which every training utterance is heard per epoch: [0.9, 1.0, 1.1] makes three of one.
         cache_decoded_mb: Memory for decoded audio that is kept between epochs, in MiB.
@@ -88,6 +98,10 @@ class DataSettings:
     batch_seconds: float = 320.0
     batch_size: int = 512
     num_buckets: int = 4
+    bucket_seconds: tuple[float, ...] | None = None
+    shuffle_buffer: int = 4096
+    stream_readers: int = 1
+    labels_per_second: float = 25.0
     num_workers: int = 2
     speed_factors: tuple[float, ...] = (1.0,)
     cache_decoded_mb: int = 0
@@ -199,7 +213,7 @@ class Experiment:
     def __post_init__(self):
         positive = {name: getattr(self, name) for name in ("steps", "accumulation", "log_every", "evaluate_every")}
         positive |= {name: getattr(self, name) for name in ("checkpoint_every", "keep_checkpoints")}
-        positive |= {f"data.{name}": getattr(self.data, name) for name in ("batch_seconds", "batch_size")}
+        positive |= {f"data.{name}": getattr(self.data, name) for name in _POSITIVE_DATA}
         if self.keep_every is not None:
             positive["keep_every"] = self.keep_every
         for name, value in positive.items():
@@ -207,6 +221,9 @@ class Experiment:
                 raise ExperimentError(f"{name} is {value}; it must be at least 1")
         if self.cache_directory is not None and in_bucket(self.cache_directory):
             raise ExperimentError(f"cache_directory is {self.cache_directory}; it must be a directory of this machine")
+        bounds = self.data.bucket_seconds
+        if bounds is not None and (not bounds or bounds[0] <= 0 or list(bounds) != sorted(set(bounds))):
+            raise ExperimentError(f"data.bucket_seconds is {list(bounds)}; it must be increasing lengths in seconds")
         if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
             first, last = self.profile_steps
             raise ExperimentError(f"profile_steps is {first}, {last}; it must be a first and a last step, from 1 on")

@@ -21,6 +21,7 @@ from speech_flax.training.progress import say
 from speech_flax.training.run_directory import RunDirectory
 from speech_flax.training.sharding import check_heads, make_mesh
 from speech_flax.training.step import TrainState
+from speech_flax.training.stream_corpus import StreamSplit, open_stream
 from speech_flax.training.task import LABEL_COLUMNS, Task, load_task, make_task
 from speech_flax.training.trainer import Stopped, Trainer, TrainingError
 from speech_flax.training.watchdog import Watchdog
@@ -50,7 +51,7 @@ def train(experiment: Experiment) -> dict[str, Any] | None:
     mesh = make_mesh(experiment.mesh)
     splits = open_splits(experiment, mesh, run)
     check_agreement("the training utterances", str(splits["train"].plan_record()))
-    task, load_weights = make_task(experiment, splits["train"].utterances.texts())
+    task, load_weights = make_task(experiment, splits["train"].labels())
     check_heads(mesh, task.model.config.num_attention_heads)
     warn_of_unknown_labels(splits, task)
     loaders = {
@@ -82,12 +83,16 @@ def _say_stopped(run: RunDirectory) -> None:
     say(f"stopped; go on with: python train.py --resume {run.path}")
 
 
-def open_splits(experiment: Experiment, mesh: jax.sharding.Mesh, run: RunDirectory) -> dict[str, Split]:
+def open_splits(experiment: Experiment, mesh: jax.sharding.Mesh, run: RunDirectory) -> dict[str, Split | StreamSplit]:
     """The experiment's splits by name: ``train``, and ``validation`` and ``test`` where it has them."""
     data = experiment.data
     sources = {"train": data.train, "validation": data.validation, "test": data.test}
+    streamed = {}
+    if data.train.streaming:
+        streamed["train"] = open_stream(experiment, mesh, run.plan())
+        del sources["train"]
     open_one = partial(open_split, settings=data, mesh=mesh, accumulation=experiment.accumulation, seed=experiment.seed)
-    return {
+    return streamed | {
         name: open_one(
             source,
             training=name == "train",
@@ -100,12 +105,12 @@ def open_splits(experiment: Experiment, mesh: jax.sharding.Mesh, run: RunDirecto
     }
 
 
-def warn_of_unknown_labels(splits: dict[str, Split], task: Task) -> None:
+def warn_of_unknown_labels(splits: dict[str, Split | StreamSplit], task: Task) -> None:
     """Evaluation data may have labels, or characters in transcripts, that the model cannot predict: say so once."""
     for name, split in splits.items():
         if name != "train":
             try:
-                task.check(split.utterances.texts())
+                task.check(split.labels())
             except ExperimentError as error:
                 logger.warning("%s: %s", name, error)
 

@@ -8,17 +8,15 @@ from jax.sharding import Mesh
 
 from speech_flax.configuration import CONFIG_FILE
 from speech_flax.data.loader import IGNORED_LABEL, Batch, label_widths
-from speech_flax.training.corpus import durations_file, open_split
-from speech_flax.training.experiment import DataSettings, Experiment, ExperimentError
+from speech_flax.data.stream_loader import streamed_label_widths
+from speech_flax.training.corpus import batch_multiple, buckets_from_settings, durations_file, open_split
+from speech_flax.training.experiment import Experiment, ExperimentError
 from speech_flax.training.family import FAMILIES
-from speech_flax.training.sharding import ShardingError, batch_divisor, process_shard
+from speech_flax.training.sharding import process_shard
 from speech_flax.training.task import Task, make_task
 
 #: Stand-in for transcripts that are not here: the characters of English.
 _CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ '"
-#: Labels per second of the densest utterance of a bucket; fast read English has 20 characters per second.
-_LABELS_PER_SECOND = 25
-_LABEL_MULTIPLE = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +42,10 @@ class PreflightPlan:
 def plan_preflight(experiment: Experiment, mesh: Mesh) -> PreflightPlan:
     """The shapes that training would compile for on ``mesh``.
 
-    They come from the data set when ``data.train.path`` is a local file or directory, as in training. Otherwise nothing
-    is fetched: ``data.train.max_seconds`` is cut into ``data.num_buckets`` equal steps of length, each as frequent as
-    the others, and the vocabulary is ``data.vocabulary`` or the characters of English.
+    They come from the data set when ``data.train.path`` is a local file or directory, as in training. Otherwise, and
+    for streams, nothing is read: the lengths are ``data.bucket_seconds``, or ``data.num_buckets`` equal steps up to
+    ``data.train.max_seconds``, each as frequent as the others, and the vocabulary is ``data.vocabulary`` or the
+    characters of English.
 
     Raises:
         ExperimentError: the data set is not here and ``data.train.max_seconds`` is not set, or the model's settings are
@@ -56,7 +55,7 @@ def plan_preflight(experiment: Experiment, mesh: Mesh) -> PreflightPlan:
     assumptions: list[str] = []
     experiment = _without_weights(experiment, assumptions)
     data = experiment.data
-    if not Path(data.train.path).exists():
+    if data.train.streaming or not Path(data.train.path).exists():
         task, _ = make_task(experiment, [] if data.vocabulary is not None else [_CHARACTERS])
         return PreflightPlan(task, _buckets_from_settings(experiment, mesh, assumptions), assumptions)
     split = open_split(
@@ -68,7 +67,7 @@ def plan_preflight(experiment: Experiment, mesh: Mesh) -> PreflightPlan:
         training=True,
         cache=durations_file(data.train, experiment.cache_directory),
     )
-    task, _ = make_task(experiment, split.utterances.texts())
+    task, _ = make_task(experiment, split.labels())
     widths = label_widths(split.plan, split.utterances.texts(), task.label_encoder)
     steps = split.plan.steps_per_epoch
     shapes = zip(split.plan.buckets, widths, split.plan.batches_per_bucket, strict=True)
@@ -130,44 +129,21 @@ def _without_weights(experiment: Experiment, assumptions: list[str]) -> Experime
 
 
 def _buckets_from_settings(experiment: Experiment, mesh: Mesh, assumptions: list[str]) -> list[BucketShape]:
-    data, longest = experiment.data, experiment.data.train.max_seconds
-    if longest is None:
-        raise ExperimentError(
-            f"data.train.path = {data.train.path!r} is not on this machine, so its utterances' lengths are unknown: "
-            "set data.train.max_seconds"
-        )
+    data = experiment.data
+    buckets = buckets_from_settings(data, batch_multiple(data, mesh, experiment.accumulation))
     if experiment.task != "ctc":
         raise ExperimentError(
             f"data.train.path = {data.train.path!r} is not on this machine, and the labels of task "
             f"{experiment.task!r} cannot be made up: preflight it where the data set is"
         )
     assumptions.append(
-        f"{data.train.path} is not here: {data.num_buckets} equally frequent lengths up to data.train.max_seconds = "
-        f"{longest:g} s, {_LABELS_PER_SECOND} labels per second"
+        f"{data.train.path} is {'streamed' if data.train.streaming else 'not here'}: {len(buckets)} equally frequent "
+        f"lengths up to {buckets[-1].max_seconds:g} s, {data.labels_per_second:g} labels per second"
     )
     if data.vocabulary is None:
         assumptions.append("no data.vocabulary: the characters of English")
-    seconds = [round(longest * (index + 1) / data.num_buckets, 1) for index in range(data.num_buckets)]
-    multiple = batch_divisor(mesh) * experiment.accumulation
+    widths = streamed_label_widths(buckets, data.labels_per_second)
     return [
-        BucketShape(bound, _rows(data, bound, multiple), _max_labels(bound), 1 / data.num_buckets) for bound in seconds
+        BucketShape(bucket.max_seconds, bucket.batch_size, width, 1 / len(buckets))
+        for bucket, width in zip(buckets, widths, strict=True)
     ]
-
-
-def _max_labels(seconds: float) -> int:
-    return int(-(-seconds * _LABELS_PER_SECOND // _LABEL_MULTIPLE) * _LABEL_MULTIPLE)
-
-
-def _rows(data: DataSettings, seconds: float, multiple: int) -> int:
-    """Utterances of ``seconds`` in a batch, by the rule of :func:`~speech_flax.data.buckets.suggest_buckets`.
-
-    Raises:
-        ShardingError: when ``data.batch_size`` leaves a device without a row.
-    """
-    if data.batch_size < multiple:
-        raise ShardingError(
-            f"data.batch_size = {data.batch_size} is smaller than {multiple}, the product of mesh.data, mesh.fsdp "
-            "and accumulation: every device needs a row in every micro-batch"
-        )
-    size = min(int(data.batch_seconds / seconds + 1e-9), data.batch_size)
-    return max(size // multiple * multiple, multiple)

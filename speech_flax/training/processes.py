@@ -1,6 +1,7 @@
 """Several processes that train as one, and how they are told to stop."""
 
 import hashlib
+import json
 import os
 import signal
 from typing import Any
@@ -46,6 +47,18 @@ def check_agreement(what: str, text: str) -> None:
             f"{what} of process {different[0]} differ from those of process 0; start all processes with the same "
             "command, on the same files"
         )
+
+
+def exchange(own: Any) -> list[Any]:
+    """What every process passes, JSON values, in the order of the processes; all must call it together."""
+    if jax.process_count() == 1:
+        return [own]
+    encoded = np.frombuffer(json.dumps(own).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array([encoded.size], np.int32)).reshape(-1)
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: encoded.size] = encoded
+    gathered = multihost_utils.process_allgather(padded)
+    return [json.loads(bytes(row[:size])) for row, size in zip(gathered, sizes, strict=True)]
 
 
 class StopRequest:

@@ -8,6 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from speech_flax.data.plan import BatchPlan
+from speech_flax.data.stream_plan import StreamPlan
 from speech_flax.training.goodput import Clock, Estimate
 from speech_flax.training.metrics_log import MetricsLog
 from speech_flax.training.step import StepMetrics
@@ -40,7 +41,7 @@ class Progress:
         *,
         steps: int,
         first_step: int,
-        plan: BatchPlan,
+        plan: BatchPlan | StreamPlan,
         log: MetricsLog | None,
         learning_rate: Callable[[int], Any],
         log_every: int,

@@ -9,6 +9,7 @@ import jax
 
 from speech_flax.data.loader import Batch, BatchLoader
 from speech_flax.data.plan import EMPTY_ROW
+from speech_flax.data.stream_loader import StreamLoader
 from speech_flax.training.checkpoints import Checkpoints
 from speech_flax.training.corpus import Split
 from speech_flax.training.evaluation import Evaluation, describe, evaluate
@@ -22,6 +23,7 @@ from speech_flax.training.programs import Programs
 from speech_flax.training.progress import Progress, say
 from speech_flax.training.run_directory import RunDirectory
 from speech_flax.training.step import StepMetrics, TrainState
+from speech_flax.training.stream_corpus import StreamSplit
 from speech_flax.training.task import Task
 from speech_flax.training.watchdog import Watchdog
 
@@ -46,8 +48,8 @@ class Trainer:
         self,
         experiment: Experiment,
         run: RunDirectory,
-        splits: dict[str, Split],
-        loaders: dict[str, BatchLoader],
+        splits: dict[str, Split | StreamSplit],
+        loaders: dict[str, BatchLoader | StreamLoader],
         task: Task,
         programs: Programs,
         checkpoints: Checkpoints,
@@ -78,6 +80,7 @@ class Trainer:
         self.clock = Clock(progress["clock"])
         self.rows_seen, self.bad_rows = progress["rows_seen"], progress["bad_rows"]
         self.bad_files = progress["bad_files"]
+        self.loaders["train"].restore(progress["position"])
         say(f"continuing at step {int(state.step)} from {self.run_directory.checkpoints}")
         return state
 
@@ -213,7 +216,8 @@ class Trainer:
     def _save(self, state: TrainState) -> None:
         with self.clock.spending("checkpoints"):
             progress = {"clock": self.clock.record(), "rows_seen": self.rows_seen, "bad_rows": self.bad_rows}
-            self.checkpoints.save(state, {**progress, "bad_files": self.bad_files})
+            progress |= {"bad_files": self.bad_files, "position": self.loaders["train"].position(int(state.step))}
+            self.checkpoints.save(state, progress)
 
     def _name_bad_files(self, batch: Batch) -> None:
         for message in batch.bad:
