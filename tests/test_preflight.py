@@ -225,7 +225,7 @@ def test_a_report_that_fits_gives_memory_time_and_hours():
     text = preflight_report.as_text(made)
     for expected in (
         "v5e:2x2: 4 chips, mesh data 4 x fsdp 1 x tensor 1; 580.0 M parameters, bfloat16, remat dots",
-        "12.50", "16.00", "500.0", "1000.0", "0.410", "7200 steps take 1.5 hours", "25.0% 250.0 ms matmul",
+        "12.50", "16.00", "500.0", "1000.0", "0.410", "7200 steps take 1.50 hours", "25.0% 250.0 ms matmul",
         "fits; about the largest batches that would: 7 x 10 s, 7 x 20 s per chip", "lower bound", "corpus is elsewhere",
     ):  # fmt: skip
         assert expected in text

@@ -2,17 +2,22 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from bucket_server import bucket_server
+from streamed_corpus import write_parquet_shards
 from tone_corpus import write_config, write_corpus
 
 import speech_flax
 from speech_flax import Wav2Vec2BertForCTC
 from speech_flax.cli import main
+from speech_flax.data.shards import open_shards
+from speech_flax.data.sources import DataSource, open_source
+from speech_flax.data.tables import SourceError
 from speech_flax.storage import StorageError, exists, fetched, storage_path, written_locally
 from speech_flax.training.experiment import ExperimentError, read_experiment
 
@@ -99,6 +104,23 @@ def test_model_in_a_bucket_is_loaded(run):
     assert fetched(f"{RUN}/model/") == copy and (copy / "vocab.json").is_file()
     (storage_path(RUN) / "model" / "vocab.json").write_text("{}")
     assert (fetched(f"{RUN}/model") / "vocab.json").read_text() == "{}", "what has changed is fetched anew"
+
+
+def test_parquet_files_in_a_bucket_are_read_and_streamed(bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)  # "offline" is without buckets too
+    corpus = write_corpus(tmp_path / "corpus", {"train": 7})
+    local = write_parquet_shards(corpus, tmp_path / "shards", [4, 3])
+    with written_locally(storage_path("gs://bucket/corpus")) as directory:
+        shutil.copytree(local, directory, dirs_exist_ok=True)
+    here, there = (open_source(DataSource(path)) for path in (str(local), "gs://bucket/corpus"))
+    assert len(there) == 7 and list(there.texts()) == list(here.texts())
+    assert there.durations().tolist() == here.durations().tolist()
+    shards = open_shards("gs://bucket/corpus", "train")
+    assert len(shards) == 2
+    assert [row["text"] for _, row in shards.rows(1, first=1)] == list(here.texts())[5:]
+    with pytest.raises(SourceError, match=r"no Parquet files test\*.parquet in gs://bucket/corpus"):
+        open_source(DataSource("gs://bucket/corpus", split="test"))
 
 
 def test_what_is_not_there_is_named(bucket, capsys):

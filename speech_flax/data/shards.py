@@ -10,12 +10,14 @@ from speech_flax.data.tables import (
     WHOLE,
     SourceError,
     Table,
+    load_bucket,
     load_dataset,
     may_be_hub_id,
     table_of_columns,
     tar_paths,
 )
 from speech_flax.data.tar_shards import ShardError, read_samples
+from speech_flax.storage import in_bucket
 
 #: Files that one shard is read from, and the builder of ``datasets`` that reads them.
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json"}
@@ -87,7 +89,7 @@ class DatasetShards:
 
 
 def open_shards(path: str, split: str, name: str | None = None) -> Shards:
-    """The shards of ``split`` in a directory, a single file or a data set on the Hugging Face hub.
+    """The shards of ``split`` in a directory, a bucket, a single file or a data set on the Hugging Face hub.
 
     A directory holds tar shards, ``<split>*.tar`` or ``<split>/*.tar``, or files that ``datasets`` recognises by their
     names, such as ``data/train-00000-of-00004.parquet`` or ``train-0.jsonl``. Of a single Parquet, Arrow or JSON Lines
@@ -105,6 +107,8 @@ def open_shards(path: str, split: str, name: str | None = None) -> Shards:
         elif local.is_dir():
             dataset = load_dataset(str(local), split, name, streaming=True)
             shards = DatasetShards(dataset, local, str(local))
+        elif in_bucket(path):
+            shards = DatasetShards(load_bucket(path, split, streaming=True), Path(), path)
         elif may_be_hub_id(path):
             dataset = load_dataset(path, split, name, streaming=True)
             shards = DatasetShards(dataset, Path(), f"data set {path!r}")

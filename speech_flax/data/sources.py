@@ -28,7 +28,7 @@ class DataSource:
 
     Args:
         path: A CSV, TSV, JSON Lines, Parquet, Arrow or tar file; a directory with metadata.csv, such files, or a saved
-            data set; or the id of a data set on the Hugging Face hub.
+            data set; or the id of a data set on the Hugging Face hub; or Parquet files in a bucket (gs://).
         split: Which part of it: a column "split", a folder or file of that name, or the hub's own splits, of which
             several can be joined with "+".
         name: Configuration of a hub data set, a language for instance.

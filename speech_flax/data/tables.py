@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
+from speech_flax.storage import in_bucket, storage_path
+
 MANIFEST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
 SPLIT_COLUMN = "split"
 WHOLE = "train"
@@ -66,7 +68,7 @@ def choose_column(names: Sequence[str], wanted: str | None, known: Sequence[str]
 
 
 def read_table(path: str, split: str, name: str | None = None) -> Table:
-    """The rows of ``split`` in a manifest, a local directory or a data set on the Hugging Face hub.
+    """The rows of ``split`` in a manifest, a directory here or in a bucket, or a data set on the Hugging Face hub.
 
     A manifest is a CSV, TSV or JSON Lines file. Its rows belong to the split that their column ``split`` names, or,
     without such a column, to ``train``. A directory is searched for, in this order: ``<split>/metadata.*``,
@@ -83,6 +85,8 @@ def read_table(path: str, split: str, name: str | None = None) -> Table:
         table = _read_file(local, split)
     elif local.is_dir():
         table = _read_directory(local, split, name)
+    elif in_bucket(path):
+        table = Table.whole(load_bucket(path, split), Path(), path)
     elif may_be_hub_id(path):
         table = Table.whole(load_dataset(path, split, name), Path(), f"data set {path!r}")
     else:
@@ -253,6 +257,22 @@ def load_dataset(path: str, split: str, name: str | None = None, origin: str | N
     except (datasets.exceptions.DatasetsError, OSError, ValueError, KeyError, ImportError) as error:
         cause = error.__cause__ or error
         raise SourceError(f"cannot read split {split!r} of {origin}: {_first_line(cause)}") from error
+
+
+def load_bucket(path: str, split: str, **options: Any) -> Any:
+    """The data set in the Parquet files of a split in a bucket: ``train*.parquet``, ``data/train*.parquet`` or
+    ``train/*.parquet`` there, or the one file that ``path`` names.
+
+    Raises:
+        SourceError: when there are none, or they cannot be read.
+    """
+    if path.endswith(".parquet"):
+        return load_dataset("parquet", WHOLE, data_files=path, origin=path, **options)
+    directory = storage_path(path)
+    for pattern in (f"{split}*.parquet", f"data/{split}*.parquet", f"{split}/*.parquet"):
+        if files := sorted(str(file) for file in directory.glob(pattern)):
+            return load_dataset("parquet", WHOLE, data_files=files, origin=path, **options)
+    raise SourceError(f"there are no Parquet files {split}*.parquet in {path}; other formats are not read from buckets")
 
 
 def _first_line(error: BaseException) -> str:

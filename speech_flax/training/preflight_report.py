@@ -44,7 +44,7 @@ def as_text(report: Preflight) -> str:
             *_details(fitting[-1]),
         ]
     if report.hours is not None:
-        lines += ["", f"{report.steps} steps take {report.hours:.1f} hours, without evaluation and checkpoints"]
+        lines += ["", f"{report.steps} steps take {report.hours:.2f} hours, without evaluation and checkpoints"]
     return "\n".join([*lines, "", *advice(report), "", "assumed:", *(f"- {text}" for text in assumptions(report))])
 
 
