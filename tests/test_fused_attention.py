@@ -13,6 +13,7 @@ from speech_flax.kernels.blocked_attention import BlockedAttention
 from speech_flax.kernels.dropout import head_seeds
 from speech_flax.kernels.flash_attention import FlashAttention
 from speech_flax.kernels.fused_attention import fused_attention
+from speech_flax.kernels.gpu_attention import GPUAttention
 from speech_flax.kernels.positions import RelativeKey
 
 # frames, heads, head size, (left, right) of the clipped distances or None, dropout. Tiles of 16 queries and blocks of
@@ -56,10 +57,12 @@ def _programs(case: str):
         return jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
 
     kernel = partial(FlashAttention, tile=16, longest_block=64 if frames == 40 else 32, interpret=True)
-    return [
-        with_gradients(function)
-        for function in (definition, formulation(partial(BlockedAttention, longest_block=16)), formulation(kernel))
-    ]
+    formulations = (
+        partial(BlockedAttention, longest_block=16),
+        kernel,
+        partial(GPUAttention, longest_block=16, interpret=True),
+    )
+    return [with_gradients(function) for function in (definition, *map(formulation, formulations))]
 
 
 @pytest.mark.parametrize("case", CASES)

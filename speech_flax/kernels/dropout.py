@@ -30,11 +30,14 @@ def head_seeds(key: Key[Array, ""] | Shaped[Array, "2"], batch: int, heads: int)
 
 def kept(
     seeds: Int[Array, "*heads"],
-    queries: Int[Array, "queries 1"],
-    keys: Int[Array, "1 keys"],
+    queries: Int[Array, "#rows #columns"],
+    keys: Int[Array, "#rows #columns"],
     rate: float,
-) -> Bool[Array, "*heads queries keys"]:
-    """``True`` for the probabilities that dropout at ``rate`` keeps, of the given queries and keys (frame numbers)."""
+) -> Bool[Array, "*heads rows columns"]:
+    """``True`` for the probabilities that dropout at ``rate`` keeps, of the given queries and keys (frame numbers).
+
+    One of them runs along the rows, the other along the columns.
+    """
     by_query = mix(seeds[..., None, None] + queries * jnp.int32(_GOLDEN))
     by_key = mix(keys * jnp.int32(_GOLDEN))
     threshold = min(round(rate * 2**32), 2**32 - 1) - 2**31

@@ -14,6 +14,11 @@ from speech_flax.kernels.blocked_attention import BlockedAttention
 from speech_flax.kernels.flash_attention import FlashAttention
 from speech_flax.kernels.positions import RelativeKey
 
+try:
+    from speech_flax.kernels.gpu_attention import GPUAttention
+except ImportError:  # JAX comes without Triton where there is no CUDA for it, on Windows
+    GPUAttention = None
+
 States = Float[Array, "batch frames heads head_size"]
 
 
@@ -37,7 +42,7 @@ class Formulation(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class PlatformAttention:
-    """Chooses by the platform that the program is lowered for, and by shape: on TPUs the kernel, elsewhere blocks."""
+    """Chooses by the platform that the program is lowered for, and by shape: a kernel on TPUs and GPUs, else blocks."""
 
     left: int | None
     dropout_rate: float
@@ -49,12 +54,14 @@ class PlatformAttention:
         return self._choose("backward", *operands)
 
     def _choose(self, direction: str, query: States, *operands: Array | None):
-        blocked = getattr(BlockedAttention(self.left, self.dropout_rate), direction)
-        kernel = FlashAttention(self.left, self.dropout_rate)
         _, frames, _, head_size = query.shape
-        if not kernel.suits(frames, head_size):
-            return blocked(query, *operands)
-        return lax.platform_dependent(query, *operands, tpu=getattr(kernel, direction), default=blocked)
+        kernels = {}
+        if (tpu := FlashAttention(self.left, self.dropout_rate)).suits(frames, head_size):
+            kernels["tpu"] = getattr(tpu, direction)
+        if GPUAttention and (gpu := GPUAttention(self.left, self.dropout_rate)).suits(head_size):
+            kernels["cuda"] = getattr(gpu, direction)
+        blocked = getattr(BlockedAttention(self.left, self.dropout_rate), direction)
+        return lax.platform_dependent(query, *operands, default=blocked, **kernels)
 
 
 def fused_attention(
