@@ -7,8 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from bucket_server import bucket_server
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from streamed_corpus import write_parquet_shards
 from tone_corpus import write_config, write_corpus
 
@@ -19,7 +23,11 @@ from speech_flax.data.shards import open_shards
 from speech_flax.data.sources import DataSource, open_source
 from speech_flax.data.tables import SourceError
 from speech_flax.storage import StorageError, exists, fetched, storage_path, written_locally
-from speech_flax.training.experiment import ExperimentError, read_experiment
+from speech_flax.training.checkpoints import Checkpoints
+from speech_flax.training.experiment import ExperimentError, OptimizerSettings, read_experiment
+from speech_flax.training.metrics_log import MetricsLog
+from speech_flax.training.optimizer import Optimizer
+from speech_flax.training.step import TrainState
 
 SCRIPT = Path(__file__).parent / "recorded_run.py"
 RUN = "gs://bucket/runs/first"
@@ -104,6 +112,47 @@ def test_model_in_a_bucket_is_loaded(run):
     assert fetched(f"{RUN}/model/") == copy and (copy / "vocab.json").is_file()
     (storage_path(RUN) / "model" / "vocab.json").write_text("{}")
     assert (fetched(f"{RUN}/model") / "vocab.json").read_text() == "{}", "what has changed is fetched anew"
+
+
+def test_damaged_checkpoint_in_a_bucket_is_set_aside(bucket, caplog):
+    params = {"head": {"kernel": jnp.arange(64.0).reshape(8, 8), "bias": jnp.zeros(8)}}
+    state = TrainState.create(params, Optimizer(OptimizerSettings(), 10))
+    place = NamedSharding(Mesh(np.array(jax.devices()[:1]), ("data",)), PartitionSpec())
+    state = jax.device_put(state, place)
+    directory = storage_path("gs://bucket/damaged")
+    checkpoints = Checkpoints(directory)
+    for step in (3, 7):
+        checkpoints.save(state.replace(step=jax.device_put(jnp.int32(step), place)), {"seen": step})
+    checkpoints.close()
+    (directory / "7" / "record" / "metadata").write_text("{")
+    checkpoints = Checkpoints(directory)
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state)
+    restored, progress = checkpoints.restore_newest(abstract)
+    checkpoints.close()
+    assert progress == {"seen": 3} and int(restored.step) == 3
+    np.testing.assert_array_equal(restored.params["head"]["kernel"], params["head"]["kernel"])
+    assert "the checkpoint at step 7 in gs://bucket/damaged is damaged" in caplog.text
+    assert {path.name for path in directory.iterdir()} == {"3", "7.damaged"}
+
+
+def test_log_in_a_bucket_is_whole_at_every_checkpoint_and_goes_on_from_it(bucket):
+    directory = storage_path("gs://bucket/log")
+    log = MetricsLog(directory, 0)
+    for step in (2, 4, 6):
+        log.write(step, {"train/loss": 1.0 / step})
+        if step == 4:
+            log.flush()  # as before a checkpoint
+
+    def steps() -> list[int]:
+        return [json.loads(line)["step"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+    assert steps() == [2, 4]
+    log.close()
+    assert steps() == [2, 4, 6]
+    log = MetricsLog(directory, 4)
+    log.write(8, {"train/loss": 0.5})
+    log.close()
+    assert steps() == [2, 4, 8]
 
 
 def test_parquet_files_in_a_bucket_are_read_and_streamed(bucket, tmp_path, monkeypatch):
