@@ -310,6 +310,18 @@ def test_other_mistakes_reach_the_caller(corpora):
         list(make_loader(corpora["tar"], exchange=fail).batches(0, 1))
 
 
+def test_damaged_shards_and_lengths_end_in_a_sentence(corpora, tmp_path):
+    path = write_parquet_shards(corpora["files"], tmp_path / "parquet", [4, 4])
+    damaged = path / "data" / "train-00001-of-00002.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:-50])
+    with pytest.raises(SourceError, match=r"shard 1 of .*parquet cannot be read: "):
+        list(make_loader(path).batches(0, 3))
+    path = write_json_shards(corpora["files"], tmp_path / "json", [4])
+    (path / "train-0.jsonl").write_text((path / "train-0.jsonl").read_text().replace("0.5", "-1"))
+    with pytest.raises(SourceError, match=r"column 'seconds' of .*json holds -1, not seconds"):
+        list(make_loader(path).batches(0, 1))
+
+
 def test_single_files_are_streamed_by_their_split_column(corpora, tmp_path):
     rows = read_rows(corpora["files"])
     lines = [{"audio": str(corpora["files"] / row["audio"]), "text": row["text"]} for row in rows]

@@ -10,6 +10,7 @@ from speech_flax.data.tables import (
     WHOLE,
     SourceError,
     Table,
+    first_line,
     load_bucket,
     load_dataset,
     may_be_hub_id,
@@ -84,8 +85,12 @@ class DatasetShards:
 
     def rows(self, shard: int, first: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
         rows = self._dataset.shard(num_shards=len(self), index=shard)
-        numbered = enumerate(rows.skip(first) if first else rows, first)
-        return (pair for pair in numbered if self._split is None or pair[1][SPLIT_COLUMN] == self._split)
+        try:
+            for number, record in enumerate(rows.skip(first) if first else rows, first):
+                if self._split is None or record[SPLIT_COLUMN] == self._split:
+                    yield number, record
+        except Exception as error:  # whatever the readers of files and the network raise for what is damaged or gone
+            raise SourceError(f"shard {shard} of {self.origin} cannot be read: {first_line(error)}") from error
 
 
 def open_shards(path: str, split: str, name: str | None = None) -> Shards:

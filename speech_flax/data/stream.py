@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -133,7 +134,7 @@ class Stream:
         return window
 
     def sample(self) -> list[StreamedUtterance]:
-        """The first rows of the first shard that would be used."""
+        """The first rows of the first shard that are not left out."""
         rows = (self._row(0, number, record, 1.0) for number, record in self.shards.rows(0))
         return [row for row, _ in zip(filter(None, rows), range(SAMPLE_ROWS), strict=False)]
 
@@ -212,12 +213,10 @@ class Stream:
     def _seconds(self, record: dict[str, Any]) -> float:
         """Seconds of a row's audio; 0 when its header cannot be read."""
         if (column := self.source.duration_column) is not None:
-            try:
-                return float(record[column])
-            except (TypeError, ValueError) as error:
-                raise SourceError(
-                    f"column {column!r} of {self.shards.origin} does not hold seconds: {error}"
-                ) from error
+            value = record[column]
+            if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+                raise SourceError(f"column {column!r} of {self.shards.origin} holds {value!r}, not seconds")
+            return float(value)
         try:
             return audio_duration(encoded_audio(record.get(self._audio), self._directory))
         except (AudioError, OSError):

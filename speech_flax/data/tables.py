@@ -195,7 +195,7 @@ def table_of_columns(columns: dict[str, list[Any]], directory: Path, origin: str
     try:
         return Table.whole(datasets.Dataset.from_dict(columns), directory, origin)
     except Exception as error:  # Arrow raises several unrelated types for values of different types in one column
-        raise SourceError(f"{origin} mixes types of values in one column: {_first_line(error)}") from error
+        raise SourceError(f"{origin} mixes types of values in one column: {first_line(error)}") from error
 
 
 def _read_csv(path: Path) -> dict[str, list[str]]:
@@ -256,7 +256,7 @@ def load_dataset(path: str, split: str, name: str | None = None, origin: str | N
         return datasets.load_dataset(path, name, split=split, **options)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, KeyError, ImportError) as error:
         cause = error.__cause__ or error
-        raise SourceError(f"cannot read split {split!r} of {origin}: {_first_line(cause)}") from error
+        raise SourceError(f"cannot read split {split!r} of {origin}: {first_line(cause)}") from error
 
 
 def load_bucket(path: str, split: str, **options: Any) -> Any:
@@ -275,6 +275,7 @@ def load_bucket(path: str, split: str, **options: Any) -> Any:
     raise SourceError(f"there are no Parquet files {split}*.parquet in {path}; other formats are not read from buckets")
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The message of an error in one line; its type if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
