@@ -1,6 +1,6 @@
 """How fast audio gets from files to batches, and what training loses by waiting for it.
 
-    python benchmarks/data.py [--workers 1 2] [--minutes 10] [--steps 24] [--only files workers windows training]
+    python benchmarks/data.py [--workers 1 2] [--minutes 10] [--steps 24] [--only files workers windows device training]
 
 ``files``: audio-hours per hour of one core, by format and sampling rate: decoded, resampled to 16 kHz, and made into
 log-mel features (which training computes on the device instead). CPU time of all threads.
@@ -10,8 +10,12 @@ processes, from single files and from streamed shards.
 
 ``windows``: the share of padding in streams, by shuffle buffer and readers; computed, no audio.
 
+``device``: time that a device would lose by waiting for batches, where the device is a clock: it takes so many seconds
+of padded audio per second and leaves the cores to the workers, as an accelerator does.
+
 ``training``: the same steps of the compiled training program with batches from files and with batches that lie in
-memory, by turns; on configs/quickstart.yaml and on the same model with long utterances.
+memory, by turns; on configs/quickstart.yaml and on the same model with long utterances. Here workers and training
+share the cores.
 
 The audio is the quickstart corpus, joined to the lengths of read speech (8 to 16 s) and written in every format.
 """
@@ -54,6 +58,8 @@ RATE = 16_000
 FORMATS = {"wav": "WAV", "flac": "FLAC", "mp3": "MP3", "opus": "OGG"}
 RATES = (16_000, 8_000, 44_100, 48_000)
 LONG_SECONDS = 16.0
+#: One chip and four of a v5e slice, at the most that the preflight of w2v-bert-2.0 gives them.
+DEVICE_SPEEDS = (630, 2520)
 
 
 class Letters:
@@ -210,13 +216,15 @@ def measure_workers(directory: Path, waveforms: Sequence[tuple[np.ndarray, str]]
 def measure_training(directory: Path, waveforms: Sequence[tuple[np.ndarray, str]], steps: int) -> None:
     quickstart = str(ROOT / "configs/quickstart.yaml")
     fixed = [f"--data.train.path={ROOT / 'data/quickstart'}", "--cache_directory=null", "--data.validation=null"]
-    fixed += ["--data.test=null", "--data.cache_decoded_mb=0", f"--run_directory={directory / 'run'}"]
+    fixed += ["--data.test=null", f"--run_directory={directory / 'run'}"]
     long_files = write_files(directory / "long", waveforms, "flac", 48_000)
-    cases = {"quickstart (opus, 1 to 5 s)": fixed}
+    cases = {"quickstart, first epoch (opus, 1 to 5 s)": [*fixed, "--data.cache_decoded_mb=0"]}
+    cases["quickstart, later epochs (its cache)"] = fixed
     cases["long (flac of 48 kHz, 8 to 16 s)"] = [
         *fixed[1:],
         f"--data.train={{path: {long_files}, duration_column: seconds}}",
         "--data.batch_seconds=64",
+        "--data.cache_decoded_mb=0",
         "--data.speed_factors=[1.0]",
     ]
     rows = []
@@ -265,6 +273,40 @@ def training_times(experiment: Experiment, steps: int, rounds: int = 3) -> tuple
     return seconds, memory, files, f"{files / memory - 1:.1%}", f"{statistics.median(waited) / files:.1%}"
 
 
+def measure_device(directory: Path, waveforms: Sequence[tuple[np.ndarray, str]], workers: Sequence[int]) -> None:
+    buckets = buckets_up_to(equal_steps(LONG_SECONDS, 4), seconds_per_batch=64.0)
+    rows = []
+    for suffix, rate in (("flac", RATE), ("mp3", 48_000)):
+        utterances = open_source(
+            DataSource(
+                str(write_files(directory / f"{suffix}-device", waveforms, suffix, rate)), duration_column="seconds"
+            )
+        )
+        plan = BatchPlan(duration_samples(utterances.durations()), buckets)
+        for number in workers:
+            loader = BatchLoader(plan, utterances, Letters(), num_workers=number)
+            lost = (f"{time_lost(loader.batches(0, 10**9), speed):.1%}" for speed in DEVICE_SPEEDS)
+            rows.append([f"{suffix}, {rate} Hz", number, *lost])
+    header = ("files", "worker threads", *(f"{speed:,} audio-s/s" for speed in DEVICE_SPEEDS))
+    print_table("Time lost by a device of that speed", header, rows)
+
+
+def time_lost(batches: Iterator[Batch], speed: float, seconds: float = 10.0) -> float:
+    """Share of time that a device has nothing to do. As in training, the next batch is taken while a step runs."""
+    next(batches)
+    began = free = time.perf_counter()
+    busy = 0.0
+    for batch in batches:
+        step = batch.waveforms.size / RATE / speed
+        free = max(free, time.perf_counter()) + step
+        busy += step
+        time.sleep(max(0.0, free - step - time.perf_counter()))
+        if busy > seconds:
+            break
+    batches.close()
+    return (free - began) / busy - 1
+
+
 def measure_windows() -> None:
     """Padding of a stream with batches of 2560 s, for lengths like those of LibriSpeech."""
     buckets = buckets_up_to([5.0, 10.0, 15.0, 20.0], seconds_per_batch=2560.0, batch_multiple=64)
@@ -294,7 +336,7 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, default=10.0, help="audio per format")
     parser.add_argument("--steps", type=int, default=24, help="training steps per turn")
-    parts = ("files", "workers", "windows", "training")
+    parts = ("files", "workers", "windows", "device", "training")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="what is measured")
     options = parser.parse_args()
     waveforms = list(long_utterances(options.minutes))
@@ -306,6 +348,8 @@ def main() -> None:
             measure_workers(directory, waveforms, options.workers)
         if "windows" in options.only:
             measure_windows()
+        if "device" in options.only:
+            measure_device(directory, waveforms, options.workers)
         if "training" in options.only:
             measure_training(directory, waveforms, options.steps)
 

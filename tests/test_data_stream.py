@@ -148,7 +148,7 @@ def test_every_epoch_has_every_utterance_once_in_new_order(corpora, kind):
     )
     rows, start, orders = read_rows(corpora["files"]), BEGINNING, []
     for epoch in range(2):
-        window = stream.read({0: start})[0]
+        window = stream.read(0, start, threading.Event())
         orders.append([utterance.text for utterance in window.utterances])
         assert sorted(orders[-1]) == sorted(row["text"] for row in rows)
         start = window.end
@@ -168,23 +168,19 @@ def test_every_epoch_has_every_utterance_once_in_new_order(corpora, kind):
 def test_reading_goes_on_at_any_position_without_the_shards_before_it(corpora, kind, speeds):
     shards = OpenedShards(corpora[kind])
     options = {"readers": 2, "window_size": 5, "seed": 1, "speeds": speeds}
-    stream, starts, windows = (
-        Stream(DataSource(str(corpora[kind])), shards, **options),
-        {0: BEGINNING, 1: BEGINNING},
-        [],
-    )
-    positions = [starts]
+    stream = Stream(DataSource(str(corpora[kind])), shards, **options)
+    position, windows, positions = BEGINNING, [], []
     for _ in range(12):
-        windows.append(stream.read(starts))
-        starts = {reader: window.end for reader, window in windows[-1].items()}
-        positions.append(starts)
-    whole = [[utterance.id for utterance in window[1].utterances] for window in windows]
+        positions.append(position)
+        windows.append(stream.read(1, position, threading.Event()))
+        position = windows[-1].end
+    whole = [[utterance.id for utterance in window.utterances] for window in windows]
     for index in (3, 7, 11):
         shards.opened.clear()
-        at = positions[index][1]
-        again = Stream(DataSource(str(corpora[kind])), shards, **options).read({1: at})[1]
+        at = positions[index]
+        again = Stream(DataSource(str(corpora[kind])), shards, **options).read(1, at, threading.Event())
         assert [utterance.id for utterance in again.utterances] == whole[index]
-        assert again.end == positions[index + 1][1]
+        assert again.end == windows[index].end
         assert shards.opened[0][1] == at[2] // len(speeds), "reading begins where it stood in its shard"
         assert len(shards.opened) <= 1 + 5, "and goes on from there"
     assert any(name.endswith("@0.9") for names in whole for name in names) == (len(speeds) > 1)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
+from tqdm import tqdm
 
 from speech_flax.audio.decoding import AudioError, audio_duration
 from speech_flax.data.buckets import duration_samples
@@ -111,27 +112,32 @@ class Stream:
         self._left_out: Counter[str] = Counter()
         self._open: dict[int, tuple[Position, Iterator[tuple[Position, StreamedUtterance]]]] = {}
 
-    def read(self, starts: dict[int, Position], stop: threading.Event | None = None) -> dict[int, ReaderWindow]:
-        """One window of each reader in ``starts``, from where it says on. Reading on where the last call ended costs
-        nothing; elsewhere, at most the beginning of one shard is read again.
+    def read(self, reader: int, start: Position, stop: threading.Event, bar: tqdm | None = None) -> ReaderWindow:
+        """The next window of one reader, from where it stands at the ``start``. To read on where its last window ended
+        costs nothing; elsewhere, at most the beginning of one shard is read again. Readers may read at the same time.
+
+        Args:
+            reader: Which one.
+            start: Where its window begins.
+            stop: Once it is set, the window is cut short.
+            bar: Told of every utterance.
 
         Raises:
-            SourceError: when a whole epoch of a reader has no utterance.
+            SourceError: when a whole epoch of the reader has no utterance, or a shard cannot be read.
         """
-        window = {}
-        for reader, start in starts.items():
-            position, utterances = self._open.pop(reader, (None, None))
-            if position != start:
-                utterances = self._utterances(reader, start)
-            taken = []
-            for pair in utterances:
-                taken.append(pair)
-                if len(taken) == self._window_size or (stop is not None and stop.is_set()):
-                    break
-            end = taken[-1][0]
-            self._open[reader] = (end, utterances)
-            window[reader] = ReaderWindow([utterance for _, utterance in taken], end)
-        return window
+        position, utterances = self._open.pop(reader, (None, None))
+        if position != start:
+            utterances = self._utterances(reader, start)
+        taken = []
+        for pair in utterances:
+            taken.append(pair)
+            if bar is not None:
+                bar.update()
+            if len(taken) == self._window_size or stop.is_set():
+                break
+        end = taken[-1][0]
+        self._open[reader] = (end, utterances)
+        return ReaderWindow([utterance for _, utterance in taken], end)
 
     def sample(self) -> list[StreamedUtterance]:
         """The first rows of the first shard that are not left out."""

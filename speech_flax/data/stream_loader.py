@@ -5,7 +5,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 from numpy.typing import DTypeLike
+from tqdm import tqdm
 
 from speech_flax.data.buckets import Bucket
 from speech_flax.data.loader import LABEL_MULTIPLE, Batch, BatchReader, LabelEncoder, PlanToRead, rows_of_process
@@ -23,6 +24,9 @@ from speech_flax.data.stream import BEGINNING, Position, ReaderWindow, Stream, S
 from speech_flax.data.stream_plan import StreamPlan, WindowPlan
 from speech_flax.data.tables import SourceError
 from speech_flax.data.waveform_cache import WaveformCache
+
+#: Threads that read shards at a time, each for another reader.
+_MOST_READING = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,20 +147,22 @@ class StreamLoader:
     def _windows(self) -> Iterator[Iterator[BatchReader]]:
         """Readers of the batches of one window after the other."""
         stop = threading.Event()
-        with _threads(1) as reading:
+        with _threads(min(len(self._own_readers), _MOST_READING)) as reading:
             try:
                 yield self._window_by_window(reading, stop)
             finally:
                 stop.set()
 
     def _window_by_window(self, reading: ThreadPoolExecutor, stop: threading.Event) -> Iterator[BatchReader]:
-        def read(start: WindowStart) -> Future[dict[int, ReaderWindow]]:
-            return reading.submit(self._stream.read, {r: start.readers[r] for r in self._own_readers}, stop)
+        def read(start: WindowStart, bar: tqdm | None = None) -> dict[int, Future[ReaderWindow]]:
+            return {r: reading.submit(self._stream.read, r, start.readers[r], stop, bar) for r in self._own_readers}
 
         start = self._starts[-1]
-        arriving = read(start)
+        with self._progress_bar() as bar:
+            arriving = read(start, bar)
+            wait(arriving.values())
         while True:
-            own = arriving.result()
+            own = {reader: future.result() for reader, future in arriving.items()}
             everyone = self._from_everyone(own)
             lengths = np.array([everyone[reader][0] for reader in range(self.plan.readers)], np.int64)
             plan = self.plan.plan_window(lengths, window=start.window, first_step=start.first_step)
@@ -165,6 +171,11 @@ class StreamLoader:
             self._starts.append(start)
             arriving = read(start)
             yield self._reader_of(plan, own)
+
+    def _progress_bar(self) -> tqdm:
+        """Of the first window, which is waited for; those that follow are read while there is something to train on."""
+        total = len(self._own_readers) * self.plan.window_size
+        return tqdm(total=total, desc="first window of the stream", delay=2, disable=None, leave=False)
 
     def _from_everyone(self, own: dict[int, ReaderWindow]) -> dict[int, tuple[list[int], Position]]:
         """Lengths and end of every reader's window.
