@@ -208,25 +208,24 @@ def test_grouped_convolution_and_its_gradient(width, frames):
 
 @pytest.mark.parametrize("width, stride", [(10, 5), (3, 2), (1, 3), (7, 3)])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_both_formulas_of_the_feature_encoder(width, stride, channels):
-    """Without padding, and whatever the length leaves over."""
+def test_convolution_of_the_feature_encoder_and_its_gradient(width, stride, channels):
+    """Without padding, and whatever the length leaves over; against the operation of XLA and the gradient of JAX."""
     kernel = draw(width, channels, 5)
+
+    def expected(inputs, kernel):
+        layout = ("NWC", "WIO", "NWC")
+        return lax.conv_general_dilated(inputs, kernel, (stride,), "VALID", dimension_numbers=layout)
+
     for samples in (width, width + stride - 1, width + 3 * stride + 1):
         inputs = draw(2, samples, channels)
-        expected = feature_encoder._direct_convolution(inputs, kernel, stride=stride)
-        blocks = feature_encoder._convolution_by_blocks(inputs, kernel, stride=stride)
-        np.testing.assert_allclose(blocks, expected, atol=1e-5)
-
-
-def test_gradient_of_the_feature_encoder_is_that_of_the_direct_formula():
-    inputs, kernel = draw(2, 12, 3), draw(3, 3, 5)
-
-    def gradient(convolution):
-        return jax.grad(lambda *operands: (convolution(*operands, stride=2) ** 2).sum(), (0, 1))(inputs, kernel)
-
-    ours, direct = gradient(feature_encoder.valid_convolution), gradient(feature_encoder._direct_convolution)
-    for one, other in zip(ours, direct, strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-4, rtol=1e-4)
+        theirs, their_gradient = jax.vjp(expected, inputs, kernel)
+        ours, our_gradient = jax.vjp(
+            lambda *operands: feature_encoder.valid_convolution(*operands, stride), inputs, kernel
+        )
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+        cotangent = draw(*theirs.shape)
+        for one, other in zip(our_gradient(cotangent), their_gradient(cotangent), strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 @pytest.mark.parametrize(

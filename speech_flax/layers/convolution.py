@@ -9,6 +9,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from speech_flax.kernels.products import weighted
 from speech_flax.layers.sharding import map_rows
 
 
@@ -107,7 +108,7 @@ class CausalDepthwiseConvolution(nn.Module):
 def pointwise_convolution(features: int, *, name: str, dtype: DTypeLike) -> nn.Dense:
     """A convolution of width 1 without bias: a matrix product at every frame."""
     initializer = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
-    return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=initializer, name=name)
+    return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=initializer, dot_general=weighted, name=name)
 
 
 def strided_convolution(

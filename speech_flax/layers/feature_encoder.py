@@ -3,15 +3,16 @@
 from functools import partial
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from speech_flax.configuration import HubertConfig
+from speech_flax.kernels.products import kernel_gradient, weighted
 from speech_flax.layers.feed_forward import activation
 from speech_flax.layers.normalization import InstanceNorm, LayerNorm
-from speech_flax.layers.platform import by_platform
 from speech_flax.layers.sharding import shard_batch
 
 
@@ -20,34 +21,72 @@ def valid_convolution(
 ) -> Float[Array, "batch shorter outputs"]:
     """``output[t] = sum over k of inputs[stride * t + k] @ kernel[k]``, without padding.
 
-    A waveform, with its single channel, is read in blocks of ``stride`` samples everywhere; on the CPU all inputs are.
+    A waveform, with its single channel, is read in blocks of ``stride`` samples. The gradient of other inputs is
+    written out for the CPU, where what XLA derives for a convolution with a stride is several times slower.
     """
-    by_blocks = partial(_convolution_by_blocks, stride=stride)
     if inputs.shape[-1] == 1:
-        return by_blocks(inputs, kernel)
-    return by_platform(cpu=by_blocks, default=partial(_direct_convolution, stride=stride))(inputs, kernel)
+        return _convolution_of_samples(inputs, kernel, stride)
+    return _convolution(inputs, kernel, stride)
 
 
-def _direct_convolution(inputs: Array, kernel: Array, *, stride: int) -> Array:
+def _convolution_of_samples(inputs: Array, kernel: Array, stride: int) -> Array:
+    """One product of a matrix with the windows side by side."""
+    windows, taps = _windows(inputs, kernel.shape[0], stride), kernel.reshape(-1, kernel.shape[-1])
+    return weighted(jnp.concatenate(windows, axis=-1), taps)
+
+
+def _windows(inputs: Array, width: int, stride: int) -> list[Array]:
+    """What every output sees, ``stride`` frames as one vector: ``[batch, outputs, up to stride * channels]`` each."""
+    batch, frames, channels = inputs.shape
+    outputs = (frames - width) // stride + 1
+    parts = -(-width // stride)
+    wanted = (outputs + parts - 1) * stride
+    inputs = jnp.pad(inputs[:, :wanted], ((0, 0), (0, max(0, wanted - frames)), (0, 0)))
+    blocks = inputs.reshape(batch, -1, stride * channels)
+    sizes = [min(stride, width - part * stride) * channels for part in range(parts)]
+    return [blocks[:, part : part + outputs, :size] for part, size in enumerate(sizes)]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _convolution(inputs: Array, kernel: Array, stride: int) -> Array:
     return lax.conv_general_dilated(inputs, kernel, (stride,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"))
 
 
-def _convolution_by_blocks(inputs: Array, kernel: Array, *, stride: int) -> Array:
-    """One matrix product for every ``stride`` taps of the kernel, with ``stride`` frames as one vector."""
-    (batch, frames, channels), width = inputs.shape, kernel.shape[0]
-    outputs = (frames - width) // stride + 1
-    tap_blocks = -(-width // stride)
-    wanted = (outputs + tap_blocks - 1) * stride
-    inputs = jnp.pad(inputs[:, :wanted], ((0, 0), (0, max(0, wanted - frames)), (0, 0)))
-    blocks = inputs.reshape(batch, -1, stride * channels)
-    windows, taps = [], []
-    for index in range(tap_blocks):
-        block = kernel[index * stride : (index + 1) * stride].reshape(-1, kernel.shape[-1])
-        windows.append(blocks[:, index : index + outputs, : len(block)])
-        taps.append(block)
-    if channels == 1:  # so narrow that one product of the windows side by side is faster
-        return jnp.concatenate(windows, axis=-1) @ jnp.concatenate(taps)
-    return sum(window @ block for window, block in zip(windows, taps, strict=True))
+def _convolution_forward(inputs: Array, kernel: Array, stride: int) -> tuple[Array, tuple[Array, Array]]:
+    return _convolution(inputs, kernel, stride), (inputs, kernel)
+
+
+def _convolution_backward(stride: int, residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    by_products = partial(_gradients_by_products, stride=stride)
+    derived = partial(_derived_gradients, stride=stride)
+    return lax.platform_dependent(*residuals, cotangent, cpu=by_products, default=derived)
+
+
+_convolution.defvjp(_convolution_forward, _convolution_backward)
+
+
+def _derived_gradients(inputs: Array, kernel: Array, cotangent: Array, *, stride: int) -> tuple[Array, Array]:
+    convolve = partial(
+        lax.conv_general_dilated,
+        window_strides=(stride,),
+        padding="VALID",
+        dimension_numbers=("NWC", "WIO", "NWC"),
+    )
+    return jax.vjp(convolve, inputs, kernel)[1](cotangent)
+
+
+def _gradients_by_products(inputs: Array, kernel: Array, cotangent: Array, *, stride: int) -> tuple[Array, Array]:
+    """Of the inputs, ``stride`` frames at once: a convolution without stride. Of the kernel: a product per window."""
+    (batch, frames, channels), (width, _, features) = inputs.shape, kernel.shape
+    parts = -(-width // stride)
+    blocks = jnp.pad(kernel, ((0, parts * stride - width), (0, 0), (0, 0))).reshape(parts, stride * channels, features)
+    transposed = _convolution(
+        jnp.pad(cotangent, ((0, 0), (parts - 1, parts - 1), (0, 0))), blocks[::-1].swapaxes(1, 2), 1
+    )
+    of_inputs = transposed.reshape(batch, -1, channels)[:, :frames]
+    of_inputs = jnp.pad(of_inputs, ((0, 0), (0, frames - of_inputs.shape[1]), (0, 0)))
+    of_taps = [kernel_gradient(window, cotangent) for window in _windows(inputs, width, stride)]
+    return of_inputs, jnp.concatenate(of_taps).reshape(kernel.shape)
 
 
 class ValidConvolution(nn.Module):

@@ -1,9 +1,12 @@
 """Normalisation as PyTorch computes it: in float32, with the variance taken in two passes."""
 
+from functools import partial
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from speech_flax.layers.masks import length_mask
 
@@ -21,10 +24,43 @@ class LayerNorm(nn.Module):
     def __call__(self, inputs: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
         scale = self.param("scale", nn.initializers.ones, (inputs.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (inputs.shape[-1],))
-        values = inputs.astype(jnp.float32)
-        centred = values - values.mean(-1, keepdims=True)
-        variance = jnp.square(centred).mean(-1, keepdims=True)
-        return (centred / jnp.sqrt(variance + self.epsilon) * scale + bias).astype(self.dtype)
+        return layer_norm(inputs, scale, bias, self.epsilon).astype(self.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(
+    inputs: Float[Array, "*batch features"],
+    scale: Float[Array, "features"],
+    bias: Float[Array, "features"],
+    epsilon: float,
+) -> Float32[Array, "*batch features"]:
+    """The normalised last axis, scaled and shifted; the backward pass finds it again from the inputs.
+
+    Written out because XLA:CPU sums a product over rows and frames at once up to forty times more slowly than over
+    both as one axis.
+    """
+    return _layer_norm_forward(inputs, scale, bias, epsilon)[0]
+
+
+def _layer_norm_forward(inputs: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, tuple[Array, ...]]:
+    values = inputs.astype(jnp.float32)
+    mean = values.mean(-1, keepdims=True)
+    deviation = jnp.sqrt(jnp.square(values - mean).mean(-1, keepdims=True) + epsilon)
+    return (values - mean) / deviation * scale + bias, (inputs, mean, deviation, scale)
+
+
+def _layer_norm_backward(epsilon: float, residuals: tuple[Array, ...], cotangent: Array) -> tuple[Array, Array, Array]:
+    inputs, mean, deviation, scale = residuals
+    normed = (inputs.astype(jnp.float32) - mean) / deviation
+    of_normed = cotangent * scale
+    along, across = (of_normed * normed).mean(-1, keepdims=True), of_normed.mean(-1, keepdims=True)
+    of_inputs = (of_normed - across - normed * along) / deviation
+    rows = cotangent.reshape(-1, cotangent.shape[-1])
+    of_scale, of_bias = (rows * normed.reshape(rows.shape)).sum(0), rows.sum(0)
+    return of_inputs.astype(inputs.dtype), of_scale.astype(scale.dtype), of_bias.astype(scale.dtype)
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
 class InstanceNorm(nn.Module):
@@ -42,8 +78,47 @@ class InstanceNorm(nn.Module):
     ) -> Float[Array, "batch frames channels"]:
         scale = self.param("scale", nn.initializers.ones, (inputs.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (inputs.shape[-1],))
-        values = inputs.astype(jnp.float32)
-        counted = None if lengths is None else length_mask(jnp.maximum(lengths, 1), inputs.shape[1])[:, :, None]
-        centred = values - values.mean(1, keepdims=True, where=counted)
-        variance = jnp.square(centred).mean(1, keepdims=True, where=counted)
-        return (centred / jnp.sqrt(variance + self.epsilon) * scale + bias).astype(self.dtype)
+        counted = jnp.ones(inputs.shape[:2], bool)
+        if lengths is not None:
+            counted = length_mask(jnp.maximum(lengths, 1), inputs.shape[1])
+        return instance_norm(inputs, scale, bias, counted, self.epsilon).astype(self.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def instance_norm(
+    inputs: Float[Array, "batch frames channels"],
+    scale: Float[Array, "channels"],
+    bias: Float[Array, "channels"],
+    counted: Bool[Array, "batch frames"],
+    epsilon: float,
+) -> Float32[Array, "batch frames channels"]:
+    """Every channel normalised by its statistics over the counted frames of its row, scaled and shifted.
+
+    Its gradient is written out for the reason of :func:`layer_norm`; sums over frames of products are contractions.
+    """
+    return _instance_norm_forward(inputs, scale, bias, counted, epsilon)[0]
+
+
+def _instance_norm_forward(
+    inputs: Array, scale: Array, bias: Array, counted: Array, epsilon: float
+) -> tuple[Array, tuple[Array, ...]]:
+    values, where = inputs.astype(jnp.float32), counted[:, :, None]
+    mean = values.mean(1, keepdims=True, where=where)
+    deviation = jnp.sqrt(jnp.square(values - mean).mean(1, keepdims=True, where=where) + epsilon)
+    return (values - mean) / deviation * scale + bias, (inputs, mean, deviation, scale, counted)
+
+
+def _instance_norm_backward(
+    epsilon: float, residuals: tuple[Array, ...], cotangent: Array
+) -> tuple[Array, Array, Array, None]:
+    inputs, mean, deviation, scale, counted = residuals
+    normed = (inputs.astype(jnp.float32) - mean) / deviation
+    products = jnp.einsum("btc,btc->bc", cotangent, normed, precision=jax.lax.Precision.HIGHEST)
+    sums = cotangent.sum(1)
+    share = (counted / counted.sum(1, keepdims=True))[:, :, None]
+    of_normed = cotangent - share * (sums[:, None] + normed * products[:, None])
+    of_inputs = of_normed * scale / deviation
+    return of_inputs.astype(inputs.dtype), products.sum(0), sums.sum(0), None
+
+
+instance_norm.defvjp(_instance_norm_forward, _instance_norm_backward)

@@ -1,0 +1,48 @@
+"""Products of activations with a matrix of weights, whose gradient is fast on the CPU too."""
+
+from typing import Any
+
+import jax
+from jax import lax
+from jaxtyping import Array, Float
+
+
+def weighted(
+    inputs: Float[Array, "*batch inputs"], kernel: Float[Array, "inputs outputs"], *_: Any, **__: Any
+) -> Float[Array, "*batch outputs"]:
+    """``inputs @ kernel``; further arguments are those with which ``flax.linen.Dense`` calls its ``dot_general``.
+
+    XLA:CPU sums over several axes at once, as the gradient of the weights does over rows and frames, by way of copies
+    with the axes swapped, at two thirds of the speed. Here they are one axis by then.
+    """
+    return _weighted(inputs, kernel)
+
+
+@jax.custom_vjp
+def _weighted(inputs: Array, kernel: Array) -> Array:
+    return lax.dot_general(inputs, kernel, (((inputs.ndim - 1,), (0,)), ((), ())))
+
+
+def _forward(inputs: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _weighted(inputs, kernel), (inputs, kernel)
+
+
+def _backward(residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    inputs, kernel = residuals
+    of_inputs = lax.dot_general(cotangent, kernel, (((cotangent.ndim - 1,), (1,)), ((), ())))
+    return of_inputs, lax.platform_dependent(inputs, cotangent, cpu=kernel_gradient, default=_over_rows_and_frames)
+
+
+def kernel_gradient(
+    inputs: Float[Array, "*batch inputs"], cotangent: Float[Array, "*batch outputs"]
+) -> Float[Array, "inputs outputs"]:
+    """Sum of the outer products, with rows and frames as one axis."""
+    return _over_rows_and_frames(*(states.reshape(-1, states.shape[-1]) for states in (inputs, cotangent)))
+
+
+def _over_rows_and_frames(inputs: Array, cotangent: Array) -> Array:
+    leading = tuple(range(inputs.ndim - 1))
+    return lax.dot_general(cotangent, inputs, ((leading, leading), ((), ()))).T
+
+
+_weighted.defvjp(_forward, _backward)
