@@ -248,7 +248,8 @@ def test_batches_go_on_from_the_position_in_a_checkpoint(corpora, kind):
         fresh = make_loader(path, shards, readers=2, num_workers=3)
         fresh.restore(positions[step])
         assert_equal(list(fresh.batches(step, 2)), whole[step : step + 2])
-        assert shards.opened[0][1] == positions[step]["readers"][0][2], "the shard is opened where the reader stood"
+        rows = {taken for _, _, taken in positions[step]["readers"]}
+        assert rows <= {first for _, first in shards.opened}, "shards are opened where the readers stood"
 
 
 def test_plan_knows_the_steps_in_use_and_counts_those_to_come(corpora):
