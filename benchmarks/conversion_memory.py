@@ -1,15 +1,17 @@
-"""Peak memory and speed of a conversion, beside the size of the file.
+"""Peak memory of a conversion beside the size of the file, and its time beside that of a plain copy.
 
     python benchmarks/conversion_memory.py [w2v-bert-2.0 | hubert-large | hubert-xlarge] [--check] [--report DIRECTORY]
 
 A model of that size with random weights is written as Transformers writes it, converted in a process of its own, and
-converted back from an orbax checkpoint; the peak of each process is what the kernel counted.
+converted back from an orbax checkpoint; the peak of each process is what the kernel counted. Just before each step the
+same files are copied: read, written and flushed to the disk. Nothing of them is in the cache of the system when a
+conversion or a copy begins, and its time ends when all is on the disk.
 """
 
 import argparse
-import json
+import dataclasses
 import os
-import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -52,14 +54,66 @@ def write_random_model(size: str, directory: Path) -> int:
     return (directory / "model.safetensors").stat().st_size
 
 
-def measure(arguments: list[str], output: int | None = None) -> tuple[float, float, float, int]:
-    """Peak memory [bytes], wall-clock and CPU seconds, and exit code of a conversion."""
+def forget(directory: Path) -> None:
+    """Have everything in ``directory`` on the disk, and nothing of it in the system's cache."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def copy_seconds(source: Path, destination: Path) -> float:
+    """Wall-clock seconds that a copy of all files takes until it is on the disk; the copy is removed again."""
+    forget(source)
+    started = time.monotonic()
+    shutil.copytree(source, destination, copy_function=_copy)
+    seconds = time.monotonic() - started
+    shutil.rmtree(destination)
+    return seconds
+
+
+def _copy(source: str, destination: str) -> None:
+    with Path(source).open("rb") as theirs, Path(destination).open("wb") as ours:
+        shutil.copyfileobj(theirs, ours, 16 * 2**20)
+        ours.flush()
+        os.fsync(ours.fileno())
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A process: peak memory [bytes], wall-clock and CPU seconds, exit code."""
+
+    peak: int
+    seconds: float
+    of_cpu: float
+    exit_code: int
+
+
+def measure(arguments: list[str], destination: Path | None = None, output: int | None = None) -> Measured:
+    """Run a conversion, until what it wrote is on the disk."""
     command = [sys.executable, "-m", "speech_flax.cli", "convert", *arguments]
     started = time.monotonic()
     process = subprocess.Popen(command, stdout=output, env={**os.environ, "JAX_PLATFORMS": "cpu"})
     _, status, usage = os.wait4(process.pid, 0)
-    seconds, of_cpu = time.monotonic() - started, usage.ru_utime + usage.ru_stime
-    return usage.ru_maxrss * 1024, seconds, of_cpu, os.waitstatus_to_exitcode(status)
+    if destination is not None:
+        forget(destination)
+    seconds = time.monotonic() - started
+    return Measured(usage.ru_maxrss * 1024, seconds, usage.ru_utime + usage.ru_stime, os.waitstatus_to_exitcode(status))
+
+
+def convert_and_copy(name: str, source: Path, destination: Path, kind: str, file: int) -> bool:
+    """Print memory and time of a conversion beside the time of a copy; returns whether it kept within the limit."""
+    copied = copy_seconds(source, destination.with_name("copy"))
+    forget(source)
+    found = measure([str(source), str(destination), "--to", kind], destination, subprocess.DEVNULL)
+    print(
+        f"{name:<28} peak {found.peak / 2**30:5.2f} GiB = {found.peak / file:4.2f} x the file; "
+        f"{found.seconds:5.1f} s = {found.seconds / copied:4.2f} x the copy's {copied:.1f} s "
+        f"({file / 2**20 / copied:.0f} MiB/s); {found.of_cpu:.1f} s of CPU; exit code {found.exit_code}",
+        flush=True,
+    )
+    return found.exit_code == 0 and found.peak <= _LIMIT * file
 
 
 def main() -> int:
@@ -72,32 +126,26 @@ def main() -> int:
     options = options.parse_args()
     jax.config.update("jax_platforms", "cpu")
     with tempfile.TemporaryDirectory() as temporary:
-        root = Path(temporary)
-        file = write_random_model(options.size, root / "source")
-        steps = {
-            "to Transformers' layout": [str(root / "source"), str(root / "ours")],
-            "to orbax": [str(root / "source"), str(root / "orbax"), "--to", "orbax"],
-            "from orbax to PyTorch": [str(root / "orbax"), str(root / "back"), "--to", "torch"],
-        }
+        source, ours, orbax, back = (Path(temporary) / name for name in ("source", "ours", "orbax", "back"))
+        file = write_random_model(options.size, source)
+        idle = measure(["--help"], output=subprocess.DEVNULL)
+        print(
+            f"{options.size}, {file / 2**30:.2f} GiB; a process that only explains itself needs "
+            f"{idle.peak / 2**30:.2f} GiB and {idle.seconds:.1f} s"
+        )
+        passed = convert_and_copy("to Transformers' layout", source, ours, "torch", file)
+        passed &= convert_and_copy("to orbax", source, orbax, "orbax", file)
+        passed &= convert_and_copy("from orbax to Transformers'", orbax, back, "torch", file)
+        identical = same_tensors(source / "model.safetensors", back / "model.safetensors")
+        print(f"back is {'bit-identical' if identical else 'DIFFERENT'}")
         if options.check:
             report = ["--report", options.report] if options.report else []
-            steps["compare with PyTorch"] = [str(root / "ours"), "--check", *report]
-        idle, *_ = measure(["--help"], subprocess.DEVNULL)
-        print(
-            f"{options.size}: {file / 2**30:.2f} GiB; a process that only explains itself needs {idle / 2**30:.2f} GiB"
-        )
-        failed = False
-        for name, arguments in steps.items():
-            peak, seconds, of_cpu, code = measure(arguments)
-            failed |= code != 0 or (not name.startswith("compare") and peak > _LIMIT * file)
-            print(f"{name:<26} peak {peak / 2**30:5.2f} GiB = {peak / file:4.2f} x the file, exit code {code}")
-            print(f"{'':<26} {seconds:.1f} s, {of_cpu:.1f} s of CPU, {file / 2**20 / seconds:.0f} MiB/s", flush=True)
-        first, last = (root / name / "model.safetensors" for name in ("source", "back"))
-        print(f"back is {'bit-identical' if same_tensors(first, last) else 'DIFFERENT'}")
-    print(
-        json.dumps({"peak of this process [GiB]": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)})
-    )
-    return int(failed)
+            found = measure([str(ours), "--check", *report])
+            print(
+                f"compare with PyTorch         peak {found.peak / 2**30:5.2f} GiB = {found.peak / file:4.2f} x the file"
+            )
+            passed &= found.exit_code == 0
+    return 0 if passed and identical else 1
 
 
 def same_tensors(first: Path, last: Path) -> bool:

@@ -22,7 +22,7 @@ import speech_flax
 from speech_flax.configuration import CONFIG_FILE, SpeechConfig
 from speech_flax.conversion.matching import BASE_NAMES, Matching, match, nearest
 from speech_flax.conversion.safetensors_file import write_safetensors
-from speech_flax.conversion.stored_tensor import StoredTensor
+from speech_flax.conversion.stored_tensor import StoredTensor, copy_tensor
 from speech_flax.conversion.transformers_directory import SAFETENSORS, WEIGHT_FILES, read_weights, weight_file
 from speech_flax.conversion.transformers_names import TRANSFORMERS, transformers_layout
 from speech_flax.conversion.tree import flat, leaf_places, nested, parts, tensor_at
@@ -188,7 +188,7 @@ def fill(
             continue
         leaf = np.empty(shape, np.float32)
         for part, (name, transform) in zip(parts(path, leaf), sources, strict=True):
-            part[...] = transform.to_ours(tensors[name].read())
+            copy_tensor(transform.to_ours(tensors[name].read()), part)
         leaves[path] = jnp.asarray(leaf)
     return nested(leaves | initial_leaves(module, new))
 

@@ -4,12 +4,14 @@ import json
 import re
 import sys
 
+import jax
 import numpy as np
 import pytest
 import soundfile
 from conversion_fixtures import MODELS, fairseq_file, random_model, write_transformers
 from safetensors.numpy import load_file, save_file
 
+from speech_flax import AutoModel, SeamlessM4TFeatureExtractor
 from speech_flax.conversion import published
 from speech_flax.conversion.command import main
 from speech_flax.conversion.evidence import Row, compare
@@ -127,15 +129,28 @@ def test_published_numbers_are_compared(ctc, monkeypatch, capsys):
     monkeypatch.setattr(published, "_recordings", lambda example, files: [waveform])
     extractor = {"feature_size": 6, "num_mel_bins": 6, "stride": 2}
     (ctc / "model/preprocessor_config.json").write_text(json.dumps(extractor))
-    wrong = Published("x", "a test", 0.01, (0,), transcripts=("?",), labels="abc", loss=-1.0)
+    wrong = Published(
+        "x", "a test", 0.01, (0,), transcripts=("?",), labels="abc", loss=-1.0, shape=(1, 2), statistics=(0, 9.0, 9.0),
+        slices={(0, 3, 2): ((0.0, 9.0), (0.0, 0.0))}, classes=((0, -9.0),),
+    )  # fmt: skip
     monkeypatch.setitem(PUBLISHED, "w2v-bert-2.0", wrong)
     arguments = [str(ctc / "model"), "--check-published", "w2v-bert-2.0"]
     assert main(arguments) == 1
     printed = capsys.readouterr().out
+    assert printed.count("DIFFERENT") == 6
     text, loss = re.search(r"transcript: '(.*)', published '\?'", printed)[1], re.search(r"loss: ([\d.]+)", printed)[1]
-    right = Published("x", "a test", 0.01, (0,), transcripts=(text,), labels="abc", loss=float(loss))
+    module, params = AutoModel.from_pretrained(ctc / "model")
+    encoded = SeamlessM4TFeatureExtractor(**extractor)([waveform], sampling_rate=16_000, return_tensors="np")
+    logits = np.asarray(jax.jit(module.apply)({"params": params}, **encoded).logits)
+    right = Published(
+        "x", "a test", 0.01, (0,), transcripts=(f"{text.upper()[:3]}...",), ignore_case=True, labels="abc",
+        loss=float(loss), shape=logits.shape[:2], statistics=(0, float(logits.mean()), float(np.std(logits, ddof=1))),
+        slices={(0, 3, 2): tuple(map(tuple, logits[0, 3:5, 2:4].tolist()))},
+        classes=((int(logits.argmax()), float(logits.max())),),
+    )  # fmt: skip
     monkeypatch.setitem(PUBLISHED, "w2v-bert-2.0", right)
     assert main(arguments) == 0
+    assert capsys.readouterr().out.count(": same") == 6
     (ctc / "model/preprocessor_config.json").unlink()
 
 

@@ -122,12 +122,17 @@ def _describe(planned: Plan) -> None:
         print(f"note: {remark}")
 
 
+def _checked(planned: Plan, options: argparse.Namespace) -> Plan:
+    """What is compared: what was written, or the source."""
+    return planned if options.destination is None else plan(open_source(Path(options.destination)))
+
+
 def _check(planned: Plan, options: argparse.Namespace) -> bool:
     """Make or open the reference, compare what was written (or the source) with it, and report."""
     from speech_flax.conversion.evidence import check
     from speech_flax.conversion.reference import read_reference
 
-    checked = planned if options.destination is None else plan(open_source(Path(options.destination)))
+    checked = _checked(planned, options)
     with tempfile.TemporaryDirectory() as aside:
         if options.reference:
             file = Path(options.reference)
@@ -177,9 +182,9 @@ def _check_published(planned: Plan, options: argparse.Namespace) -> bool:
 
     example = PUBLISHED[options.check_published]
     files = None if options.published_files is None else Path(options.published_files)
-    directory = planned.source.path if planned.source.path.is_dir() else planned.source.path.parent
-    params = parameters(planned)
-    comparisons = check_published(example, planned.module, params, directory, files)
+    checked = _checked(planned, options)
+    directory = checked.source.path if checked.source.path.is_dir() else checked.source.path.parent
+    comparisons = check_published(example, checked.module, parameters(checked), directory, files)
     for one in comparisons:
         sign = "same" if one.passed else "DIFFERENT"
         print(f"{one.name}: {one.ours!r}, published {one.published!r} ({example.source}): {sign}")

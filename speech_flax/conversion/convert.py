@@ -23,7 +23,7 @@ from speech_flax.conversion.orbax_directory import write_orbax_directory
 from speech_flax.conversion.rules import NameTable, Place
 from speech_flax.conversion.safetensors_file import write_safetensors
 from speech_flax.conversion.source import Source
-from speech_flax.conversion.stored_tensor import StoredTensor
+from speech_flax.conversion.stored_tensor import StoredTensor, copy_tensor
 from speech_flax.conversion.transformers_directory import SAFETENSORS
 from speech_flax.conversion.transformers_names import TRANSFORMERS, transformers_layout
 from speech_flax.conversion.tree import leaf_places, nested, parts
@@ -296,7 +296,7 @@ def _leaves(plan: Plan) -> dict[str, StoredTensor]:
     def read(path: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         leaf = np.empty(shape, dtype)
         for place, part in zip(leaf_places(path, shape), parts(path, leaf), strict=True):
-            part[...] = _read(plan, place, new)
+            copy_tensor(_read(plan, place, new), part)
         return leaf
 
     types = {path: _dtype(plan, next(leaf_places(path, shape))) for path, shape in plan.shapes.items()}

@@ -23,7 +23,7 @@ def write_orbax_directory(directory: Path, leaves: Mapping[str, StoredTensor]) -
     """Write the leaves of a tree by path below ``directory``, with the types that they have.
 
     orbax wants whole trees and keeps two more copies of them while it writes. Handed one leaf after the other, it needs
-    memory for the largest alone.
+    memory for the largest alone. Weights are hardly smaller when they are compressed, which takes longer than the disk.
     """
     import orbax.checkpoint as ocp
 
@@ -36,8 +36,8 @@ def write_orbax_directory(directory: Path, leaves: Mapping[str, StoredTensor]) -
                     written.result()
             return []
 
-    registry = ocp.type_handlers.create_type_handler_registry((StoredTensor, LeafByLeaf()))
-    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    registry = ocp.type_handlers.create_type_handler_registry((StoredTensor, LeafByLeaf(deepcopy_host_arrays=False)))
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(directory.resolve() / _PARAMS, args=ocp.args.PyTreeSave(nested(leaves)))
 

@@ -16,7 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from speech_flax.conversion.stored_tensor import CheckpointFileError, StoredTensor
+from speech_flax.conversion.stored_tensor import CheckpointFileError, StoredTensor, copy_tensor
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -162,6 +162,10 @@ def write_safetensors(
         for (name, (shape, dtype)), tensor in zip(layout.items(), tensors, strict=True):
             if tuple(tensor.shape) != tuple(shape):
                 raise ValueError(f"{name!r} has the shape {tuple(tensor.shape)}, not {tuple(shape)}")
-            file.write(np.ascontiguousarray(tensor, dtype).reshape(-1).view(np.uint8).data)
+            if tensor.dtype != dtype or not tensor.flags.c_contiguous:
+                laid_out = np.empty(shape, dtype)
+                copy_tensor(tensor, laid_out)
+                tensor = laid_out
+            file.write(tensor.reshape(-1).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())
