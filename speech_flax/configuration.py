@@ -216,7 +216,8 @@ class Wav2Vec2BertConfig(SpeechConfig):
 
     Raises:
       ValueError: an unknown ``position_embeddings_type``, an even ``conv_depthwise_kernel_size``, an intermediate
-        feed-forward layer without adapter, or a ``hidden_size`` that the heads do not divide.
+        feed-forward layer without adapter, an adapter kernel too wide for its stride, or a ``hidden_size`` that the
+        heads do not divide.
     """
 
     model_type: ClassVar[str] = "wav2vec2-bert"
@@ -270,6 +271,13 @@ class Wav2Vec2BertConfig(SpeechConfig):
             raise ValueError(f"conv_depthwise_kernel_size must be odd, not {self.conv_depthwise_kernel_size}")
         if self.use_intermediate_ffn_before_adapter and not self.add_adapter:
             raise ValueError("use_intermediate_ffn_before_adapter needs add_adapter to be true")
+        widest = 2 * (self.adapter_stride // 2) + 1  # Transformers pads by half the stride and counts half the kernel
+        if self.add_adapter and self.adapter_kernel_size > widest and self.compatibility != "corrected":
+            raise ValueError(
+                f"adapter_kernel_size {self.adapter_kernel_size} leaves fewer frames than are counted with "
+                f"adapter_stride {self.adapter_stride}, where Transformers fails too; take {widest} at most, or set "
+                "compatibility to 'corrected'"
+            )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"

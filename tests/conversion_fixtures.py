@@ -71,11 +71,27 @@ MODELS = {
     ),
     "hubert batch norm": ("HubertModel", {**HUBERT, "conv_pos_batch_norm": True}),
 }
+#: Published sizes, for tests that are slow.
+FULL_SIZE = {
+    "full hubert-base": ("HubertModel", {}),
+    "full hubert-base sequence": ("HubertForSequenceClassification", {"use_weighted_layer_sum": True, "num_labels": 4}),
+    "full hubert-large ctc": (
+        "HubertForCTC",
+        {**LARGE, "vocab_size": 11, "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
+         "intermediate_size": 4096},
+    ),
+    "full hubert-xlarge": (
+        "HubertModel",
+        {**LARGE, "hidden_size": 1280, "num_hidden_layers": 48, "num_attention_heads": 16, "intermediate_size": 5120},
+    ),
+    "full w2v-bert-2.0": ("Wav2Vec2BertModel", {}),
+    "full w2v-bert-2.0 adapter": ("Wav2Vec2BertModel", {"add_adapter": True}),
+}  # fmt: skip
 
 
 def random_model(name: str) -> torch.nn.Module:
     """A model of Transformers whose every parameter is random, scales and biases of norms too."""
-    architecture, fields = MODELS[name]
+    architecture, fields = (MODELS | FULL_SIZE)[name]
     torch.manual_seed(len(name))
     model_class = getattr(transformers, architecture)
     model = model_class(model_class.config_class(**fields)).eval()
@@ -186,7 +202,7 @@ def fairseq_file(model: torch.nn.Module, path: Path, settings: bool = True) -> N
         "encoder_attention_heads": model.config.num_attention_heads,
         "layer_norm_first": model.config.do_stable_layer_norm,
         "activation_fn": "gelu",
-        "conv_feature_layers": "[(8,10,5)] + [(8,3,2)] * 4 + [(8,2,2)] * 2",
+        "conv_feature_layers": "[({0},10,5)] + [({0},3,2)] * 4 + [({0},2,2)] * 2".format(model.config.conv_dim[0]),
     }
     fine_tuned = hasattr(model, "lm_head")
     if fine_tuned:

@@ -96,6 +96,23 @@ def test_impossible_values_are_refused(fields, message):
         Wav2Vec2BertConfig.from_dict(fields)
 
 
+@pytest.mark.parametrize("stride", [1, 2, 3, 4])
+@pytest.mark.parametrize("kernel", [1, 2, 3, 4, 5, 6])
+def test_adapters_that_make_fewer_frames_than_are_counted_are_refused(kernel, stride):
+    """The convolution pads by half the stride, and the lengths are counted as if it padded by half the kernel."""
+    fields = {"add_adapter": True, "adapter_kernel_size": kernel, "adapter_stride": stride}
+    frames = range(10, 30)
+    made = [(count + 2 * (stride // 2) - kernel) // stride + 1 for count in frames]
+    counted = [(count + 2 * (kernel // 2) - kernel) // stride + 1 for count in frames]
+    if any(fewer < count for fewer, count in zip(made, counted, strict=True)):
+        with pytest.raises(ValueError, match=f"adapter_kernel_size {kernel} leaves fewer frames .* take . at most"):
+            Wav2Vec2BertConfig(**fields)
+    else:
+        Wav2Vec2BertConfig(**fields)
+    Wav2Vec2BertConfig(**fields, compatibility="corrected")
+    Wav2Vec2BertConfig(**fields | {"add_adapter": False})
+
+
 def test_wrong_types_and_unknown_names_are_refused():
     for name, value in {"hidden_size": "64", "layerdrop": True, "tdnn_dim": [1, "2"], "hidden_act": 3}.items():
         with pytest.raises(TypeError, match=f"config field '{name}"):

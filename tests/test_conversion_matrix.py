@@ -273,3 +273,45 @@ def test_full_size_models_go_there_and_back_and_compute_the_same(tmp_path, archi
     assert set(source) == set(back)
     assert all(source[name].read().tobytes() == back[name].read().tobytes() for name in source)
     assert main([str(tmp_path / "back"), "--check"]) == 0
+
+
+def _sharded(model: torch.nn.Module, path: Path) -> None:
+    write_transformers(model, path, "sharded safetensors")
+
+
+def _pickled(model: torch.nn.Module, path: Path) -> None:
+    write_transformers(model, path, "bin")
+
+
+def _tensorflow(model: torch.nn.Module, path: Path) -> None:
+    model.config.save_pretrained(path)
+    tensorflow_file(tensors_of(model), path / "tf_model.h5")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [
+        (_sharded, "full w2v-bert-2.0"),
+        (_pickled, "full hubert-large ctc"),
+        (fairseq_file, "full hubert-base"),
+        (fairseq_file, "full hubert-large ctc"),
+        (fairseq_file, "full hubert-xlarge"),
+        (seamless_file, "full w2v-bert-2.0"),
+        (fairseq2_file, "full w2v-bert-2.0 adapter"),
+        (_tensorflow, "full hubert-large ctc"),
+        (s3prl_file, "full hubert-base sequence"),
+    ],
+)
+def test_full_size_checkpoints_of_every_format_are_read(tmp_path, write, name):
+    model = random_model(name)
+    write(model, tmp_path / "source")
+    base = []
+    if write is s3prl_file:
+        write_transformers(model.hubert, tmp_path / "base", "safetensors")
+        base = ["--base", str(tmp_path / "base")]
+    assert main([str(tmp_path / "source"), str(tmp_path / "ours"), *base]) == 0
+    found = read_safetensors(tmp_path / "ours/model.safetensors")
+    expected = tensors_of(model)
+    assert set(found) == set(expected)
+    assert [key for key, tensor in found.items() if tensor.read().tobytes() != expected[key].tobytes()] == []

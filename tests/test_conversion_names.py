@@ -1,15 +1,23 @@
 """Transformers' own random models, read and written back."""
 
+import json
+import typing
+
 import numpy as np
 import pytest
 import torch
 import transformers
+from conversion_keys import KEYS, VARIANTS
 from safetensors.numpy import load_file
 
-from speech_flax.conversion.transformers_names import from_torch_names, to_torch_names
+import speech_flax
+from speech_flax.conversion.transformers_names import from_torch_names, to_torch_names, transformers_layout
 from speech_flax.conversion.tree import flat
 from speech_flax.models.wav2vec2_bert import Wav2Vec2BertForCTC, Wav2Vec2BertModel
+from speech_flax.pretrained import parameter_shapes
 
+#: Shape by name of every tensor of the variants, in Transformers 4.37.2.
+WANTED_4_37 = json.loads(KEYS.read_text())
 TINY = {
     "vocab_size": 11,
     "hidden_size": 16,
@@ -117,3 +125,17 @@ def test_transformers_loads_what_is_saved_and_the_other_way_round(tmp_path, adap
     bare, base = Wav2Vec2BertModel.from_pretrained(tmp_path / "ours")
     assert_equal(flat(base), flat(params["wav2vec2_bert"]))
     assert bare.config.hidden_size == 16
+
+
+def test_every_variant_has_key_lists_of_transformers_4_37():
+    assert set(VARIANTS) == set(WANTED_4_37)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_exported_files_hold_what_transformers_4_37_wants_and_nothing_else(name):
+    """Names and shapes of its models with a recent PyTorch, which renamed the tensors of weight normalisation."""
+    architecture, fields = VARIANTS[name]
+    model_class = getattr(speech_flax, architecture)
+    config = typing.get_type_hints(model_class)["config"].from_dict(fields)
+    layout = transformers_layout(parameter_shapes(model_class(config)))
+    assert {key: list(shape) for key, (_, _, shape) in layout.items()} == WANTED_4_37[name]

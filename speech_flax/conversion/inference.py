@@ -92,7 +92,8 @@ def _wav2vec2_bert(shapes: Shapes, settings: dict[str, Any]) -> tuple[SpeechConf
         kernels = [path for path in shapes if path.startswith("adapter/") and path.endswith("residual_conv/kernel")]
         width, output, _ = shapes["adapter/layers_0/residual_conv/kernel"]
         fields |= {"add_adapter": True, "num_adapter_layers": len(kernels), "adapter_kernel_size": width}
-        fields |= {"output_hidden_size": output, "adapter_stride": assumptions.take("adapter_stride", 2)}
+        stride = assumptions.take("adapter_stride", 2 if width <= 3 else width)  # 8 and 8 in SeamlessM4T v2
+        fields |= {"output_hidden_size": output, "adapter_stride": stride}
         fields["use_intermediate_ffn_before_adapter"] = "intermediate_ffn/intermediate_dense/kernel" in shapes
     fields |= _head_fields(shapes) | _time_delay_fields(shapes, assumptions)
     return Wav2Vec2BertConfig.from_dict(fields | _rest(settings, fields)), assumptions.made
