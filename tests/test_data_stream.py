@@ -252,6 +252,17 @@ def test_batches_go_on_from_the_position_in_a_checkpoint(corpora, kind):
         assert rows <= {first for _, first in shards.opened}, "shards are opened where the readers stood"
 
 
+def test_a_loader_can_be_left_and_taken_up_again(corpora):
+    loader = make_loader(corpora["tar"])
+    whole = list(loader.batches(0, 8))
+    assert_equal(list(loader.batches(7, 3))[:1], whole[7:])
+    with pytest.raises(ValueError, match="behind step 0"):
+        next(loader.batches(0, 1))
+    for batch in loader.batches(9, 1000):
+        assert batch.step == 9
+        break
+
+
 def test_plan_knows_the_steps_in_use_and_counts_those_to_come(corpora):
     loader = make_loader(corpora["tar"])
     buckets = []

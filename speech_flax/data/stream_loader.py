@@ -119,12 +119,16 @@ class StreamLoader:
         self._starts.append(WindowStart.of_record(position))
 
     def batches(self, first_step: int, num_steps: int) -> Iterator[Batch]:
-        """The batches of steps ``first_step``, ``first_step + 1``, ..., of which the first must be in the window that
-        the loader stands at, or later. Closing the iterator ends the reading.
+        """The batches of steps ``first_step``, ``first_step + 1``, ... Closing the iterator ends the reading.
 
         Raises:
-            OSError, ValueError: whatever goes wrong other than an unreadable audio file.
+            OSError, ValueError: whatever goes wrong other than an unreadable audio file, or when ``first_step`` lies
+                before the position that the loader was restored at, or before windows that it has forgotten.
         """
+        while self._starts[-1].first_step > first_step:
+            if len(self._starts) == 1:
+                raise ValueError(f"the stream stands at step {self._starts[0].first_step}, behind step {first_step}")
+            self._starts.pop()
         with _threads(self._num_workers) as decoding, self._windows() as windows:
             steps = ((reader, step) for reader in windows for step in reader.plan.steps if step >= first_step)
             ahead: deque[Future[Batch]] = deque()
