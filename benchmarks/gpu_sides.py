@@ -12,6 +12,7 @@ import time
 import types
 import typing
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ def configuration(model: str, size: str) -> dict:
     if size == "tiny":
         fields |= {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
         if model == "hubert-large":
-            fields |= {"conv_dim": [32] * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2}
+            fields |= {"conv_dim": (32,) * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2}
     else:
         fields |= {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
     return fields
@@ -94,20 +95,17 @@ def measure_speech_flax(what: Measurement) -> dict:
     import jax.numpy as jnp
     import optax
 
-    from speech_flax import HubertConfig, HubertForCTC, Wav2Vec2BertConfig, Wav2Vec2BertForCTC
     from speech_flax.training.flops import forward_flops
 
-    config_class, model_class = (
-        (HubertConfig, HubertForCTC) if what.model == "hubert-large" else (Wav2Vec2BertConfig, Wav2Vec2BertForCTC)
-    )
-    fields = configuration(what.model, what.size)
-    config = config_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
     dtype = jnp.bfloat16 if what.device == "cuda" else jnp.float32
-    model = model_class(config, dtype, **what.settings)
+    model = flax_model(what, dtype)
     arrays = {name: jnp.asarray(array) for name, array in inputs(what).items()}
     short = {name: array[:1, : 16_000 if what.model == "hubert-large" else 64] for name, array in arrays.items()}
     short.pop("labels")
-    params = jax.jit(lambda key: model.init(key, **short)["params"])(jax.random.key(0))
+    stored = dtype if what.mode == "forward" else jnp.float32
+    params = jax.jit(
+        lambda: jax.tree.map(lambda leaf: leaf.astype(stored), model.init(jax.random.key(0), **short)["params"])
+    )()
 
     def forward():
         jax.block_until_ready(logits_of(params, arrays))
@@ -119,7 +117,6 @@ def measure_speech_flax(what: Measurement) -> dict:
         jax.block_until_ready(loss)
 
     if what.mode == "forward":
-        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
         arrays.pop("labels")
         logits_of = jax.jit(lambda params, arrays: model.apply({"params": params}, **arrays).logits)
         seconds = time_of(forward, what.patience)
@@ -127,29 +124,41 @@ def measure_speech_flax(what: Measurement) -> dict:
         optimizer = optax.adamw(1e-5)
         state, index = (params, jax.jit(optimizer.init)(params)), 0
         del params
-
-        def update(state, arrays, index):
-            params, moments = state
-
-            def loss_of(params):
-                rngs = {"dropout": jax.random.fold_in(jax.random.key(0), index)}
-                return model.apply({"params": params}, **arrays, deterministic=False, rngs=rngs).loss
-
-            loss, gradients = jax.value_and_grad(loss_of)(params)
-            updates, moments = optimizer.update(gradients, moments, params)
-            return (optax.apply_updates(params, updates), moments), loss
-
-        update = jax.jit(update, donate_argnums=0)
+        update = jax.jit(partial(training_step, model, optimizer), donate_argnums=0)
         seconds = time_of(train, what.patience)
     memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", peak_of_process())
     samples = round(16_000 * what.seconds)
     return {
         "step": seconds,
         "peak_memory": memory,
-        "flops": forward_flops(config, what.batch, samples, 2) * (3 if what.mode == "training" else 1),
+        "flops": forward_flops(model.config, what.batch, samples, 2) * (3 if what.mode == "training" else 1),
         "device": jax.local_devices()[0].device_kind,
         "versions": {"jax": jax.__version__},
     }
+
+
+def flax_model(what: Measurement, dtype: object) -> object:
+    from speech_flax import HubertConfig, HubertForCTC, Wav2Vec2BertConfig, Wav2Vec2BertForCTC
+
+    is_hubert = what.model == "hubert-large"
+    config = (HubertConfig if is_hubert else Wav2Vec2BertConfig)(**configuration(what.model, what.size))
+    return (HubertForCTC if is_hubert else Wav2Vec2BertForCTC)(config, dtype, **what.settings)
+
+
+def training_step(model, optimizer, state: tuple, arrays: dict, index) -> tuple[tuple, object]:
+    """Parameters and moments after step ``index``, and its loss."""
+    import jax
+    import optax
+
+    params, moments = state
+
+    def loss_of(params):
+        rngs = {"dropout": jax.random.fold_in(jax.random.key(0), index)}
+        return model.apply({"params": params}, **arrays, deterministic=False, rngs=rngs).loss
+
+    loss, gradients = jax.value_and_grad(loss_of)(params)
+    updates, moments = optimizer.update(gradients, moments, params)
+    return (optax.apply_updates(params, updates), moments), loss
 
 
 def measure_torch(what: Measurement) -> dict:
@@ -161,9 +170,9 @@ def measure_torch(what: Measurement) -> dict:
     torch.set_float32_matmul_precision("high")
     family = "Hubert" if what.model == "hubert-large" else "Wav2Vec2Bert"
     config = getattr(transformers, f"{family}Config")(**configuration(what.model, what.size))
-    config._attn_implementation = what.settings.get("attention", "eager")
     torch.manual_seed(0)
-    model = getattr(transformers, f"{family}ForCTC")(config).to(what.device)
+    attention = what.settings.get("attention", "eager")
+    model = transformers.AutoModelForCTC.from_config(config, attn_implementation=attention).to(what.device)
     training = what.mode == "training"
     if training and what.settings.get("checkpointing"):
         model.gradient_checkpointing_enable()
