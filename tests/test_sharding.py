@@ -10,9 +10,10 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 import speech_flax
+from speech_flax.layers.sharding import ShardingError, parameter_spec
 from speech_flax.training.experiment import MeshSettings, OptimizerSettings
 from speech_flax.training.optimizer import Optimizer, decay_mask
-from speech_flax.training.sharding import ShardingError, check_heads, make_mesh, parameter_spec, state_shardings
+from speech_flax.training.sharding import check_heads, make_mesh, state_shardings
 from speech_flax.training.step import TrainState
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 8}

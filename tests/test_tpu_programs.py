@@ -8,7 +8,7 @@ import pytest
 
 from speech_flax.data.sources import DataSource
 from speech_flax.training.experiment import DataSettings, Experiment, MeshSettings, ModelSettings
-from speech_flax.training.hlo import Instruction, Program, parse_program
+from speech_flax.training.hlo import Instruction, Program, collective_kind, parse_program
 from speech_flax.training.preflight_plan import BucketShape
 from speech_flax.training.step_compiler import compile_step
 from speech_flax.training.tpu_slices import parse_slice
@@ -40,14 +40,15 @@ def program(request) -> Program:
 def communications(program: Program, *kinds: str) -> Iterator[tuple[Instruction, list[tuple[int, ...]]]]:
     """Instructions that communicate, those of loops and branches included, and the shapes that they move."""
     for _, instruction, _ in program.walk():
-        if instruction.collective in kinds:
-            arrays = re.findall(r"\b[a-z]+\d+\[([\d,]*)\]", instruction.type)
-            yield instruction, [tuple(int(size) for size in shape.split(",") if size) for shape in arrays]
+        collective = program.collective(instruction)
+        if collective is not None and collective_kind(collective) in kinds:
+            arrays = re.findall(r"\b[a-z]+\d+\[([\d,]*)\]", collective.type)
+            yield collective, [tuple(int(size) for size in shape.split(",") if size) for shape in arrays]
 
 
 def test_activations_stay_where_their_rows_are(program):
     moved = [
-        f"{instruction.collective} {instruction.type} {instruction.op_name}"
+        f"{instruction.opcode} {instruction.type} {instruction.op_name}"
         for instruction, shapes in communications(program, *TRAVELS)
         if any(size % FRAMES == 0 for shape in shapes for size in shape)
     ]

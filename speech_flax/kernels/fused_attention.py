@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from speech_flax.kernels.blocked_attention import BlockedAttention
@@ -20,6 +21,9 @@ except ImportError:  # JAX comes without Triton where there is no CUDA for it, o
     GPUAttention = None
 
 States = Float[Array, "batch frames heads head_size"]
+
+#: What the backward pass needs of the forward pass has this name for policies of rematerialisation.
+ATTENTION = "attention"
 
 
 @runtime_checkable
@@ -91,7 +95,7 @@ def _fused(formulation: Formulation, *operands: Array | None) -> States:
 
 
 def _forward(formulation: Formulation, *operands: Array | None) -> tuple[States, tuple]:
-    attended, logsumexp = formulation.forward(*operands)
+    attended, logsumexp = (checkpoint_name(array, ATTENTION) for array in formulation.forward(*operands))
     return attended, (*operands, attended, logsumexp)
 
 

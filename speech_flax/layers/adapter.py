@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 from speech_flax.configuration import Wav2Vec2BertConfig
 from speech_flax.layers.attention import SelfAttention
 from speech_flax.layers.convolution import strided_convolution
-from speech_flax.layers.feed_forward import FeedForward, gated_linear_unit, linear
+from speech_flax.layers.feed_forward import FeedForward, gated_linear_unit
+from speech_flax.layers.linear import linear
 from speech_flax.layers.masks import length_mask, sub_sampled_lengths
 from speech_flax.layers.normalization import LayerNorm
 

@@ -16,7 +16,7 @@ from speech_flax.kernels.attention import attend, attend_in_blocks
 from speech_flax.kernels.dropout import head_seeds
 from speech_flax.kernels.fused_attention import fused_attention
 from speech_flax.kernels.positions import Positions, Relative, RelativeKey
-from speech_flax.layers.feed_forward import linear
+from speech_flax.layers.linear import linear
 from speech_flax.layers.positions import relative_sinusoids, rotate
 from speech_flax.layers.sharding import BATCH_AXES
 

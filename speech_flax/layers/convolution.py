@@ -9,7 +9,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from speech_flax.kernels.products import weighted
+from speech_flax.layers.linear import Linear
 from speech_flax.layers.sharding import map_rows
 
 
@@ -105,10 +105,10 @@ class CausalDepthwiseConvolution(nn.Module):
         return causal_depthwise_convolution(inputs.astype(self.dtype), kernel.astype(self.dtype))
 
 
-def pointwise_convolution(features: int, *, name: str, dtype: DTypeLike) -> nn.Dense:
+def pointwise_convolution(features: int, *, name: str, dtype: DTypeLike) -> Linear:
     """A convolution of width 1 without bias: a matrix product at every frame."""
     initializer = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
-    return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=initializer, dot_general=weighted, name=name)
+    return Linear(features, use_bias=False, dtype=dtype, kernel_init=initializer, name=name)
 
 
 def strided_convolution(

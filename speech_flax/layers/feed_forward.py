@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from speech_flax.kernels.products import weighted
+from speech_flax.layers.linear import linear
 
 
 @jax.custom_vjp
@@ -60,12 +60,6 @@ def activation(name: str) -> Callable[[Array], Array]:
     if name not in ACTIVATIONS:
         raise ValueError(f"there is no activation {name!r}; known are {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
-
-
-def linear(features: int, *, name: str, dtype: DTypeLike, initializer_range: float, use_bias: bool = True) -> nn.Dense:
-    """A linear layer with normally distributed weights and zero bias."""
-    initializer = nn.initializers.normal(initializer_range)
-    return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=initializer, dot_general=weighted, name=name)
 
 
 def gated_linear_unit(inputs: Float[Array, "*batch doubled"]) -> Float[Array, "*batch features"]:

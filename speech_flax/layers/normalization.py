@@ -45,16 +45,16 @@ def layer_norm(
 def _layer_norm_forward(inputs: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, tuple[Array, ...]]:
     values = inputs.astype(jnp.float32)
     mean = values.mean(-1, keepdims=True)
-    deviation = jnp.sqrt(jnp.square(values - mean).mean(-1, keepdims=True) + epsilon)
-    return (values - mean) / deviation * scale + bias, (inputs, mean, deviation, scale)
+    inverse = 1 / jnp.sqrt(jnp.square(values - mean).mean(-1, keepdims=True) + epsilon)  # one division per frame
+    return (values - mean) * inverse * scale + bias, (inputs, mean, inverse, scale)
 
 
 def _layer_norm_backward(epsilon: float, residuals: tuple[Array, ...], cotangent: Array) -> tuple[Array, Array, Array]:
-    inputs, mean, deviation, scale = residuals
-    normed = (inputs.astype(jnp.float32) - mean) / deviation
+    inputs, mean, inverse, scale = residuals
+    normed = (inputs.astype(jnp.float32) - mean) * inverse
     of_normed = cotangent * scale
     along, across = (of_normed * normed).mean(-1, keepdims=True), of_normed.mean(-1, keepdims=True)
-    of_inputs = (of_normed - across - normed * along) / deviation
+    of_inputs = (of_normed - across - normed * along) * inverse
     rows = cotangent.reshape(-1, cotangent.shape[-1])
     of_scale, of_bias = (rows * normed.reshape(rows.shape)).sum(0), rows.sum(0)
     return of_inputs.astype(inputs.dtype), of_scale.astype(scale.dtype), of_bias.astype(scale.dtype)
@@ -104,20 +104,20 @@ def _instance_norm_forward(
 ) -> tuple[Array, tuple[Array, ...]]:
     values, where = inputs.astype(jnp.float32), counted[:, :, None]
     mean = values.mean(1, keepdims=True, where=where)
-    deviation = jnp.sqrt(jnp.square(values - mean).mean(1, keepdims=True, where=where) + epsilon)
-    return (values - mean) / deviation * scale + bias, (inputs, mean, deviation, scale, counted)
+    inverse = 1 / jnp.sqrt(jnp.square(values - mean).mean(1, keepdims=True, where=where) + epsilon)
+    return (values - mean) * inverse * scale + bias, (inputs, mean, inverse, scale, counted)
 
 
 def _instance_norm_backward(
     epsilon: float, residuals: tuple[Array, ...], cotangent: Array
 ) -> tuple[Array, Array, Array, None]:
-    inputs, mean, deviation, scale, counted = residuals
-    normed = (inputs.astype(jnp.float32) - mean) / deviation
+    inputs, mean, inverse, scale, counted = residuals
+    normed = (inputs.astype(jnp.float32) - mean) * inverse
     products = jnp.einsum("btc,btc->bc", cotangent, normed, precision=jax.lax.Precision.HIGHEST)
     sums = cotangent.sum(1)
     share = (counted / counted.sum(1, keepdims=True))[:, :, None]
     of_normed = cotangent - share * (sums[:, None] + normed * products[:, None])
-    of_inputs = of_normed * scale / deviation
+    of_inputs = of_normed * scale * inverse
     return of_inputs.astype(inputs.dtype), products.sum(0), sums.sum(0), None
 
 

@@ -7,7 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from speech_flax.configuration import Wav2Vec2BertConfig
-from speech_flax.layers.feed_forward import linear
+from speech_flax.layers.linear import linear
 
 
 class TimeDelayLayer(nn.Module):

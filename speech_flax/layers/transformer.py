@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Float
 from speech_flax.configuration import HubertConfig
 from speech_flax.layers.attention import attention
 from speech_flax.layers.encoder_layer import EncoderLayer
-from speech_flax.layers.feed_forward import FeedForward, linear
+from speech_flax.layers.feed_forward import FeedForward
+from speech_flax.layers.linear import linear
 from speech_flax.layers.normalization import LayerNorm
 from speech_flax.layers.sharding import shard_batch
 

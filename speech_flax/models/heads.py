@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from speech_flax.configuration import SpeechConfig
-from speech_flax.layers.feed_forward import linear
+from speech_flax.layers.linear import Linear, linear
 from speech_flax.layers.masks import as_bool_mask, length_mask
 from speech_flax.layers.time_delay import time_delay_context, time_delay_layers, time_delay_lengths
 from speech_flax.losses import additive_margin_softmax, binary_cross_entropy, cross_entropy, mean_of_counted
@@ -60,7 +60,7 @@ class ModelWithHead(PretrainedModel, nn.Module):
             states = self.config.num_hidden_layers + 1
             self.layer_weights = self.param("layer_weights", nn.initializers.constant(1 / states), (states,))
 
-    def linear(self, features: int, name: str) -> nn.Dense:
+    def linear(self, features: int, name: str) -> Linear:
         """A linear layer of the head."""
         return linear(features, name=name, dtype=self.dtype, initializer_range=self.config.initializer_range)
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 from speech_flax.configuration import HubertConfig
 from speech_flax.layers.encoder_layer import scan_layers
 from speech_flax.layers.feature_encoder import FeatureEncoder
-from speech_flax.layers.feed_forward import linear
+from speech_flax.layers.linear import linear
 from speech_flax.layers.masks import (
     Lengths,
     as_bool_mask,

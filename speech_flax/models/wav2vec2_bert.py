@@ -13,7 +13,8 @@ from speech_flax.configuration import Wav2Vec2BertConfig
 from speech_flax.layers.adapter import Adapter
 from speech_flax.layers.conformer import ConformerLayer
 from speech_flax.layers.encoder_layer import scan_layers
-from speech_flax.layers.feed_forward import FeedForward, linear
+from speech_flax.layers.feed_forward import FeedForward
+from speech_flax.layers.linear import Linear, linear
 from speech_flax.layers.masks import adapter_output_lengths, as_bool_mask
 from speech_flax.layers.normalization import LayerNorm
 from speech_flax.layers.sharding import shard_batch
@@ -41,7 +42,7 @@ class FeatureProjection(nn.Module):
         def uniform(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
             return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-        project = nn.Dense(
+        project = Linear(
             config.hidden_size, dtype=self.dtype, kernel_init=uniform, bias_init=uniform, name="projection"
         )
         return nn.Dropout(config.feat_proj_dropout)(project(normed), deterministic), normed

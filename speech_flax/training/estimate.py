@@ -18,6 +18,7 @@ from speech_flax.training.hlo import (
     Program,
     array_bytes,
     array_shape,
+    collective_kind,
     group_size,
     matmul_flops,
 )
@@ -187,7 +188,7 @@ class _Walker:
 
     def run(self, computation: str, times: int) -> float:
         """Seconds of one run of ``computation``, which runs ``times`` times."""
-        now = 0.0
+        now = links_free = 0.0
         in_flight: dict[str, tuple[float, Communication | None]] = {}
         for instruction in self.program.computations[computation]:
             opcode = instruction.opcode
@@ -203,17 +204,21 @@ class _Walker:
                 now += self._longest_branch(instruction, times)
             elif opcode == "call":
                 now += self.run(instruction.attribute("to_apply"), times)
-            elif opcode.endswith("-done"):
+            elif opcode.endswith("-done") or instruction.name.startswith("async-collective-done"):
                 now += self._wait(instruction, in_flight, now, times)
-            elif kind := instruction.collective:
-                communication = self._communication(instruction, kind, times)
+            elif collective := self.program.collective(instruction):
+                communication = self._communication(instruction, collective, times)
                 self.communications.append(communication)
+                # One after another over the same links; a permutation alone uses half of them.
+                links_free = max(now, links_free) + communication.seconds / times
+                one_link = communication.seconds / times * (2 if communication.kind == "collective-permute" else 1)
+                end = max(links_free, now + one_link) + COLLECTIVE_LATENCY
                 if communication.asynchronous:
-                    in_flight[instruction.name] = now + communication.seconds / times, communication
+                    in_flight[self._ticket(instruction)] = end, communication
                 else:
-                    communication.exposed = communication.seconds
-                    now += communication.seconds / times
-                    self.costs.append(Cost(communication.seconds, "communication", instruction, times))
+                    communication.exposed = (end - now) * times
+                    self.costs.append(Cost((end - now) * times, "communication", instruction, times))
+                    now = end
             elif opcode.endswith("-start"):
                 moved = array_bytes(instruction.type) / 2
                 in_flight[instruction.name] = now + moved / self._memory_bandwidth, None
@@ -242,7 +247,7 @@ class _Walker:
         return max(longest, 0.0)
 
     def _wait(self, done: Instruction, in_flight: dict, now: float, times: int) -> float:
-        started = in_flight.pop(done.operands[0], None) if done.operands else None
+        started = in_flight.pop(self._ticket(done), None)
         if started is None:
             return 0.0
         end, communication = started
@@ -254,19 +259,22 @@ class _Walker:
             self.costs.append(Cost(wait * times, bound, done, times))
         return wait
 
-    def _communication(self, instruction: Instruction, kind: str, times: int) -> Communication:
-        asynchronous = instruction.opcode.endswith("-start")
-        group = group_size(self._described(instruction, kind))
-        moved = _whole_bytes(instruction, kind, group, asynchronous)
+    def _ticket(self, instruction: Instruction) -> str:
+        """What the start and the end of something under way have in common: a channel where a fusion wraps it, else the
+        name of its start."""
+        if instruction.name.startswith("async-collective-"):
+            return self.program.collective(instruction).attribute("channel_id")
+        return instruction.operands[0] if instruction.opcode.endswith("-done") else instruction.name
+
+    def _communication(self, instruction: Instruction, collective: Instruction, times: int) -> Communication:
+        kind, group = collective_kind(collective), group_size(collective)
+        wrapped = instruction.opcode == "fusion"
+        asynchronous = instruction.opcode.endswith("-start") or wrapped
+        moved = _whole_bytes(collective if wrapped else instruction, kind, group, asynchronous and not wrapped)
         passes = 2 if kind == "all-reduce" else 1
         share = (group - 1) / group if kind != "collective-permute" else 1.0
-        seconds = passes * moved * share / (2 * self.chip.link_bandwidth) + COLLECTIVE_LATENCY
+        seconds = passes * moved * share / (2 * self.chip.link_bandwidth)
         return Communication(kind, moved, group, times, asynchronous, seconds * times, 0.0, instruction.op_name)
-
-    def _described(self, instruction: Instruction, kind: str) -> Instruction:
-        """The instruction that says who takes part: of one that wraps it, the wrapped one."""
-        called = self.program.computations.get(instruction.attribute("calls") or "", [])
-        return next((inner for inner in called if inner.opcode.startswith(kind)), instruction)
 
     def _cost(self, instruction: Instruction, computation: str, times: int) -> tuple[float, str]:
         """Seconds of one run of an instruction, and what bounds it."""

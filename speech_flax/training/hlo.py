@@ -63,17 +63,6 @@ class Instruction:
         found = re.search(r'"estimated_cycles":"(\d+)"', self.text)
         return int(found.group(1)) if found else None
 
-    @property
-    def collective(self) -> str | None:
-        """Kind of communication between devices that it is, starts or wraps; ``None`` for any other instruction."""
-        if self.opcode.endswith("-done"):
-            return None
-        for kind in _COLLECTIVES:
-            called = self.attribute("calls") or ""
-            if self.opcode.startswith(kind) or (self.opcode in ("async-start", "fusion") and kind in called):
-                return kind
-        return None
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
@@ -98,6 +87,19 @@ class Program:
         condition = self.computations.get(loop.attribute("condition") or "", [])
         bounds = [int(n) for i in condition for n in re.findall(r"^[su]32\[\]\S* constant\((\d+)\)", i.text)]
         return max(bounds) if bounds else None
+
+    def collective(self, instruction: Instruction) -> Instruction | None:
+        """The communication between devices that an instruction is, starts, wraps or waits for; ``None`` for any other.
+
+        Of one that wraps it, the wrapped instruction: a fusion that the compiler names ``async-collective-start`` or
+        ``-done``, between which the fusions of other work carry the communication on, or an asynchronous call.
+        """
+        if instruction.opcode.startswith(_COLLECTIVES):
+            return instruction
+        if instruction.opcode == "async-start" or instruction.name.startswith("async-collective-"):
+            called = self.computations.get(instruction.attribute("calls") or "", [])
+            return next((inner for inner in called if inner.opcode.startswith(_COLLECTIVES)), None)
+        return None
 
     def walk(self, computation: str | None = None, times: int = 1) -> Iterator[tuple[str, Instruction, int]]:
         """Every scheduled instruction with its computation and how often it runs; of a conditional, all branches."""
@@ -156,6 +158,12 @@ def array_shape(type_: str) -> tuple[int, ...]:
     """Shape of the first array in the text of a type."""
     found = _ARRAY.search(type_)
     return tuple(int(size) for size in found.group(2).split(",") if size) if found else ()
+
+
+def collective_kind(collective: Instruction) -> str:
+    """``all-gather``, ``all-reduce``, ``reduce-scatter``, ``collective-permute``, ``all-to-all`` or
+    ``ragged-all-to-all``."""
+    return next(kind for kind in _COLLECTIVES if collective.opcode.startswith(kind))
 
 
 def group_size(collective: Instruction) -> int:

@@ -1,11 +1,10 @@
 """The device mesh, and where every parameter lives on it.
 
 Activations are sharded by row of the batch over ``data`` and ``fsdp``; parameters and optimizer state over ``fsdp`` and
-``tensor`` as the table below says.
+``tensor`` as the table of :mod:`speech_flax.layers.sharding` says.
 """
 
 import math
-import re
 
 import jax
 import numpy as np
@@ -13,58 +12,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
+from speech_flax.layers.sharding import BATCH_AXES, ShardingError, parameter_spec
 from speech_flax.training.experiment import MeshSettings
-
-BATCH_AXES = ("data", "fsdp")
-
-# Pattern of the whole parameter path -> axes. Leaves under encoder/layers carry a leading axis of layers.
-_NORM = r"(\w*layer_norm|layer_norm\w*)/(scale|bias)"
-_WIDENING = r"(intermediate_dense|linear_q|linear_k|linear_v|linear_pos|pointwise_conv1|q_proj|k_proj|v_proj)"
-_NARROWING = r"(output_dense|linear_out|pointwise_conv2|out_proj)"
-PARAMETER_RULES: tuple[tuple[str, P], ...] = (
-    # Encoder layers of both families
-    (rf"encoder/layers/(.*/)?{_NORM}", P()),
-    (rf"encoder/layers/.*/{_WIDENING}/kernel", P(None, "fsdp", "tensor")),
-    (rf"encoder/layers/.*/{_NARROWING}/kernel", P(None, "tensor", "fsdp")),
-    (rf"encoder/layers/.*/({_WIDENING}|{_NARROWING})/bias", P()),
-    # Kernels of convolutions over frames are whole everywhere: they are small, and a sharded one makes the partitioner
-    # send activations around instead (all-to-all over channels).
-    (r"encoder/layers/.*/depthwise_conv/kernel", P(None, None, None, None)),
-    (r"encoder/layers/.*/(distance_embedding/embedding|pos_bias_[uv])", P()),
-    (r"encoder/layers/adapter_layer/norm/(scale|bias)", P()),
-    (r"encoder/layers/adapter_layer/linear_1/kernel", P(None, "fsdp", None)),
-    (r"encoder/layers/adapter_layer/linear_2/kernel", P(None, None, "fsdp")),
-    (r"encoder/layers/adapter_layer/linear_[12]/bias", P()),
-    # What comes before them
-    (r"feature_extractor/conv_layers_\d+/conv/kernel", P()),
-    (r"feature_extractor/conv_layers_\d+/conv/bias", P()),
-    (rf"feature_extractor/conv_layers_\d+/{_NORM}", P()),
-    (rf"feature_projection/{_NORM}", P()),
-    (r"feature_projection/projection/kernel", P(None, "fsdp")),
-    (r"feature_projection/projection/bias", P()),
-    (r"masked_spec_embed", P()),
-    (r"encoder/pos_conv_embed/conv/(kernel|weight_[gv]|bias)", P()),
-    (r"encoder/pos_conv_embed/batch_norm/(scale|bias|mean|var)", P()),
-    (rf"encoder/{_NORM}", P()),
-    # What comes after them
-    (rf"adapter/(.*/)?{_NORM}", P()),
-    (r"adapter/(.*/)?(proj|linear_[qkv]|intermediate_dense)/kernel", P("fsdp", "tensor")),
-    (r"adapter/.*/(linear_out|output_dense)/kernel", P("tensor", "fsdp")),
-    (r"adapter/.*/(residual_conv|self_attn_conv)/kernel", P(None, None, "fsdp")),
-    (r"adapter/.*/bias(?<!norm/bias)", P()),
-    (rf"intermediate_ffn/{_WIDENING}/kernel", P("fsdp", "tensor")),
-    (rf"intermediate_ffn/{_NARROWING}/kernel", P("tensor", "fsdp")),
-    (r"intermediate_ffn/.*/bias", P()),
-    # Heads: all but the largest are small, and some of their widths odd
-    (r"lm_head/kernel", P("fsdp", None)),
-    (r"lm_head/bias", P()),
-    (r"(projector|classifier|feature_extractor|tdnn_\d+/kernel)/(kernel|bias)", P()),
-    (r"layer_weights|objective/weight", P()),
-)
-
-
-class ShardingError(ValueError):
-    """A mesh that does not fit the devices, the batch or the model."""
 
 
 def make_mesh(settings: MeshSettings, devices: list[jax.Device] | None = None) -> Mesh:
@@ -116,18 +65,6 @@ def batch_divisor(mesh: Mesh) -> int:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over ``data`` and ``fsdp``, everything else whole."""
     return NamedSharding(mesh, P(BATCH_AXES))
-
-
-def parameter_spec(path: str) -> P:
-    """The axes of the parameter at ``path`` (below the base model's or the head's name).
-
-    Raises:
-        ShardingError: when no rule, or more than one, matches.
-    """
-    matches = [spec for pattern, spec in PARAMETER_RULES if re.fullmatch(rf"(\w+/)?{pattern}", path)]
-    if len(matches) != 1:
-        raise ShardingError(f"{len(matches)} sharding rules match the parameter {path}; exactly one must")
-    return matches[0]
 
 
 def check_heads(mesh: Mesh | AbstractMesh, num_attention_heads: int) -> None:
