@@ -8,7 +8,7 @@ import pytest
 
 from speech_flax.training.bundles import count_cycles, read_cycles
 from speech_flax.training.estimate import COLLECTIVE_LATENCY, MATMUL_EFFICIENCY, MEMORY_EFFICIENCY, estimate
-from speech_flax.training.hlo import array_bytes, group_size, matmul_flops, parse_program
+from speech_flax.training.hlo import array_bytes, collective_kind, group_size, matmul_flops, parse_program
 from speech_flax.training.tpu_slices import CHIPS, SliceError, parse_slice
 
 CHIP = CHIPS["v5e"]
@@ -128,6 +128,46 @@ def test_the_estimate_adds_up_the_schedule():
     assert result.by_bound["matmul"] == pytest.approx(3 * product)
     assert sum(result.by_bound.values()) == pytest.approx(result.seconds)
     assert "product" in next(cost["what"] for cost in result.costliest() if cost["bound"] == "matmul")
+
+
+# A gather that the compiler has other work carry on: what starts it and what waits for it are fusions around it.
+FUSED_GATHER = """HloModule jit_step, is_scheduled=true
+
+%start (shard.1: bf16[1024,256]) -> (bf16[1024,256], bf16[1024,4096]) {
+  %shard.1 = bf16[1024,256]{1,0} parameter(0)
+  %gather.1 = bf16[1024,4096]{1,0} all-gather(%shard.1), channel_id=7, replica_groups=[1,16]<=[16], dimensions={1}
+  ROOT %started = (bf16[1024,256]{1,0}, bf16[1024,4096]{1,0}) custom-call(%shard.1, %gather.1), custom_call_target="start"
+}
+
+%finish (shard.2: bf16[1024,256], whole.2: bf16[1024,4096]) -> bf16[1024,4096] {
+  %shard.2 = bf16[1024,256]{1,0} parameter(0)
+  %whole.2 = bf16[1024,4096]{1,0} parameter(1)
+  %gather.2 = bf16[1024,4096]{1,0} all-gather(%shard.2), channel_id=7, replica_groups=[1,16]<=[16], dimensions={1}
+  ROOT %finished = bf16[1024,4096]{1,0} custom-call(%gather.2), custom_call_target="done"
+}
+
+ENTRY %main (shard: bf16[1024,256], x: f32[512,1024]) -> bf16[1024,4096] {
+  %shard = bf16[1024,256]{1,0:S(1)} parameter(0)
+  %x = f32[512,1024]{1,0} parameter(1)
+  %permute = (f32[512,1024]{1,0:S(1)}, f32[512,1024]{1,0:S(1)}) collective-permute-start(%x), channel_id=8, source_target_pairs={{0,1},{1,0}}
+  %async-collective-start.3 = (bf16[1024,256]{1,0:S(1)}, bf16[1024,4096]{1,0:S(1)}) fusion(%shard), kind=kCustom, calls=%start
+  %work = f32[512,1024]{1,0} negate(%x)
+  %permuted = f32[512,1024]{1,0:S(1)} collective-permute-done(%permute)
+  ROOT %async-collective-done.5 = bf16[1024,4096]{1,0:S(1)} fusion(%async-collective-start.3), kind=kCustom, calls=%finish
+}
+"""
+
+
+def test_communications_share_the_links_and_may_be_fused_with_other_work():
+    result = estimate(parse_program(FUSED_GATHER), CHIP)
+    permute = 512 * 1024 * 4 / CHIP.link_bandwidth  # over one link, and half of what there is
+    gather = GATHERED * 15 / 16 / (2 * CHIP.link_bandwidth)
+    assert [(one.kind, one.asynchronous, one.group) for one in result.communications] == [
+        ("collective-permute", True, 1),
+        ("all-gather", True, 16),
+    ]
+    assert result.seconds == pytest.approx(permute / 2 + gather + COLLECTIVE_LATENCY)  # one after the other
+    assert sum(one.exposed for one in result.communications) == pytest.approx(result.by_bound["communication"])
 
 
 def test_counted_cycles_replace_the_lower_bound():

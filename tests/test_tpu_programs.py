@@ -15,6 +15,7 @@ from speech_flax.training.tpu_slices import parse_slice
 
 pytestmark = pytest.mark.tpu
 
+LAYERS = 2
 SECONDS = 20.4
 FRAMES = 1019  # of feature frames in that time: a prime, which divides the dimensions of activations and no others
 WHOLE_WEIGHT = 1024 * 1024  # elements of the smallest matrix of a layer; all are sharded under fsdp
@@ -28,7 +29,7 @@ def program(request) -> Program:
     experiment = Experiment(
         DataSettings(DataSource("owner/corpus", max_seconds=SECONDS), num_buckets=1),
         "runs/none",
-        model=ModelSettings(config={"num_hidden_layers": 2, "layerdrop": 0.0}, dtype="bfloat16", remat="full"),
+        model=ModelSettings(config={"num_hidden_layers": LAYERS, "layerdrop": 0.0}, dtype="bfloat16", remat="dots"),
         mesh=MeshSettings(data=1, fsdp=-1),
     )
     shape = BucketShape(SECONDS, 2 * slice_.num_chips, 512, 1.0)
@@ -62,6 +63,25 @@ def test_no_gradient_of_a_sharded_weight_is_reduced_whole(program):
         if any(math.prod(shape) >= WHOLE_WEIGHT for shape in shapes)
     ]
     assert not whole
+
+
+def test_gradients_are_summed_in_float32(program):
+    sums = [
+        instruction.type
+        for instruction, _ in communications(program, "collective-permute", "reduce-scatter")
+        if "ppermute" in instruction.op_name or "reduce_scatter" in instruction.op_name
+    ]
+    assert sums and all(type_.strip().lstrip("(").startswith("f32") for type_ in sums)
+
+
+def test_backward_pass_computes_no_product_and_no_attention_again(program):
+    instructions = [instruction for body in program.computations.values() for instruction in body]
+    products = [
+        one.op_name for one in instructions if one.opcode in ("dot", "convolution") and "dot_gen" in one.op_name
+    ]
+    assert products and not [name for name in products if "rematted_computation" in name]
+    kernels = [one for _, one, times in program.walk() for _ in range(times) if "tpu_custom_call" in one.text]
+    assert len(kernels) == 2 * LAYERS  # forward and backward
 
 
 def test_weights_do_travel(program):
