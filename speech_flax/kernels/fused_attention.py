@@ -64,7 +64,9 @@ class PlatformAttention:
             kernels["tpu"] = getattr(tpu, direction)
         if GPUAttention and (gpu := GPUAttention(self.left, self.dropout_rate)).suits(head_size):
             kernels["cuda"] = getattr(gpu, direction)
-        blocked = getattr(BlockedAttention(self.left, self.dropout_rate), direction)
+        # With relative keys the gradient of short inputs is a quarter faster in blocks that the cache of a core holds.
+        longest = 64 if self.left is not None and frames <= 1024 else 128
+        blocked = getattr(BlockedAttention(self.left, self.dropout_rate, longest), direction)
         return lax.platform_dependent(query, *operands, default=blocked, **kernels)
 
 
