@@ -170,6 +170,24 @@ def test_communications_share_the_links_and_may_be_fused_with_other_work():
     assert sum(one.exposed for one in result.communications) == pytest.approx(result.by_bound["communication"])
 
 
+def test_a_sum_that_a_fusion_wraps_is_waited_for():
+    text = """HloModule jit_step, is_scheduled=true
+
+%all-reduce-scatter.1 (gradient.1: f32[1024,1024]) -> f32[256,1024] {
+  %gradient.1 = f32[1024,1024]{1,0} parameter(0)
+  %sum.1 = f32[1024,1024]{1,0} all-reduce(%gradient.1), channel_id=3, replica_groups={{0,1,2,3}}
+  ROOT %part.1 = f32[256,1024]{1,0} slice(%sum.1), slice={[0:256], [0:1024]}
+}
+
+ENTRY %main (gradient: f32[1024,1024]) -> f32[256,1024] {
+  %gradient = f32[1024,1024]{1,0} parameter(0)
+  ROOT %fusion.4 = f32[256,1024]{1,0} fusion(%gradient), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+    (one,) = estimate(parse_program(text), CHIP).communications
+    assert (one.kind, one.asynchronous, one.bytes) == ("all-reduce", False, 1024 * 1024 * 4)
+
+
 def test_counted_cycles_replace_the_lower_bound():
     program = parse_program(PROGRAM)
     slow = dataclasses.replace(CHIP, link_bandwidth=1e30)

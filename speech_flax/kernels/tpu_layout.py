@@ -24,6 +24,7 @@ def multiply(left: Array, right: Array, dimensions: tuple = PLAIN) -> Float[Arra
 
 
 def round_up(number: int, multiple: int) -> int:
+    """The smallest multiple that is not below ``number``."""
     return -(-number // multiple) * multiple
 
 

@@ -55,9 +55,9 @@ def sharded_product(
     """``inputs @ kernel`` where ``fsdp`` shards both the batch and one dimension of ``kernel``, as ``axes`` say.
 
     Every device gathers the kernel in the type of ``inputs``, in the backward pass again, and keeps of the kernel's
-    gradient its own shard alone, summed over devices in float32. Left to itself the partitioner sums
-    gradients whole, or multiplies with one shard after another while they pass by, which costs TPUs more in memory
-    traffic than it hides in communication.
+    gradient its own shard alone, summed over devices in float32. Left to itself the partitioner sums gradients whole,
+    or multiplies with one shard after another while they pass by, which costs TPUs more in memory traffic than it hides
+    in communication.
     """
     return inputs @ _whole(kernel, inputs.dtype, axes)
 

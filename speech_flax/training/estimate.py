@@ -3,8 +3,9 @@
 Every instruction takes the longest of: its matrix products at ``MATMUL_EFFICIENCY`` of the peak; its traffic with the
 main memory at ``MEMORY_EFFICIENCY`` of the bandwidth; and, where the compiler's final instructions were dumped, their
 number of cycles. Instructions follow each other; prefetches and communication that the schedule starts early cost what
-is left of them when they are waited for. Communication moves along one axis of the network in both directions. Loops
-count as often as they run. Neither the host nor the start of programs is counted.
+is left of them when they are waited for. Communication moves along one axis of the network in both directions, one
+after another; a permutation goes one way and leaves the other direction free. Loops count as often as they run. Neither
+the host nor the start of programs is counted.
 """
 
 import collections
@@ -268,9 +269,8 @@ class _Walker:
 
     def _communication(self, instruction: Instruction, collective: Instruction, times: int) -> Communication:
         kind, group = collective_kind(collective), group_size(collective)
-        wrapped = instruction.opcode == "fusion"
-        asynchronous = instruction.opcode.endswith("-start") or wrapped
-        moved = _whole_bytes(collective if wrapped else instruction, kind, group, asynchronous and not wrapped)
+        asynchronous = instruction.opcode.endswith("-start") or instruction.name.startswith("async-collective-start")
+        moved = _whole_bytes(collective, kind, group)
         passes = 2 if kind == "all-reduce" else 1
         share = (group - 1) / group if kind != "collective-permute" else 1.0
         seconds = passes * moved * share / (2 * self.chip.link_bandwidth)
@@ -305,14 +305,14 @@ class _Walker:
         return int(found.group(1))
 
 
-def _whole_bytes(instruction: Instruction, kind: str, group: int, asynchronous: bool) -> int:
+def _whole_bytes(collective: Instruction, kind: str, group: int) -> int:
     """Bytes of the arrays that a group has together: gathered ones, or those before they are scattered."""
-    total = array_bytes(instruction.type)
+    total, start = array_bytes(collective.type), collective.opcode.endswith("-start")
     if kind in ("all-gather", "reduce-scatter"):
-        if asynchronous:  # the type holds both the whole and a device's part
+        if start:  # the type holds both the whole and a device's part
             return total * group // (group + 1)
         return total * group if kind == "reduce-scatter" else total
-    return total // 2 if asynchronous and kind != "all-reduce" else total
+    return total // 2 if start and kind != "all-reduce" else total
 
 
 def describe(instruction: Instruction) -> str:

@@ -91,14 +91,17 @@ class Program:
     def collective(self, instruction: Instruction) -> Instruction | None:
         """The communication between devices that an instruction is, starts, wraps or waits for; ``None`` for any other.
 
-        Of one that wraps it, the wrapped instruction: a fusion that the compiler names ``async-collective-start`` or
-        ``-done``, between which the fusions of other work carry the communication on, or an asynchronous call.
+        Of one that wraps it, the wrapped instruction: of an asynchronous call, of a fusion whose computation is named
+        after it, and of the fusions ``async-collective-start`` and ``-done``, between which those of other work carry
+        the communication on.
         """
         if instruction.opcode.startswith(_COLLECTIVES):
             return instruction
-        if instruction.opcode == "async-start" or instruction.name.startswith("async-collective-"):
-            called = self.computations.get(instruction.attribute("calls") or "", [])
-            return next((inner for inner in called if inner.opcode.startswith(_COLLECTIVES)), None)
+        called = instruction.attribute("calls") or ""
+        named = any(kind in called for kind in _COLLECTIVES) or instruction.name.startswith("async-collective-")
+        if instruction.opcode == "async-start" or (instruction.opcode == "fusion" and named):
+            wrapped = self.computations.get(called, [])
+            return next((inner for inner in wrapped if inner.opcode.startswith(_COLLECTIVES)), None)
         return None
 
     def walk(self, computation: str | None = None, times: int = 1) -> Iterator[tuple[str, Instruction, int]]:

@@ -89,7 +89,8 @@ def assumptions(report: Preflight) -> list[str]:
         f"{chip.memory_bandwidth / 1e9:g} GB/s of which {MEMORY_EFFICIENCY:.0%}, links of "
         f"{chip.link_bandwidth / 1e9:g} GB/s each way",
         "a communication moves bytes x (n-1)/n (all-reduce twice that) over one axis of the network in both "
-        f"directions, and takes {COLLECTIVE_LATENCY * 1e6:g} us at least; what runs while it is under way hides it",
+        f"directions, one after another, and takes {COLLECTIVE_LATENCY * 1e6:g} us at least; a permutation goes one "
+        "way and leaves the other direction free; what runs while they are under way hides them",
         "MFU: three times the products and convolutions of the forward pass over all padded frames, nothing that is "
         "recomputed",
         "no layer is dropped, the host keeps up with the device, and all chips start together",
