@@ -10,6 +10,9 @@ from jaxtyping import Array, Bool, Float, Int
 from speech_flax.kernels.dropout import kept
 from speech_flax.kernels.positions import Positions, Relative
 
+#: Score of keys that do not count, in every other formulation: finite, so that differences are no NaN.
+MASKED = -1e30
+
 _BLOCK = 256
 
 Heads = Float[Array, "batch heads frames head_size"]

@@ -11,11 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from speech_flax.kernels.attention import MASKED
 from speech_flax.kernels.dropout import kept
 from speech_flax.kernels.positions import skew
-
-#: Score of keys that do not count: finite, so that differences are no NaN.
-MASKED = -1e30
 
 States = Float[Array, "batch frames heads head_size"]
 Block = Float[Array, "batch heads block head_size"]

@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from speech_flax.kernels import tpu_attention
-from speech_flax.kernels.tpu_layout import MASKED, Layout, round_up
+from speech_flax.kernels.attention import MASKED
+from speech_flax.kernels.tpu_layout import Layout, round_up
 
 States = Float[Array, "batch frames heads head_size"]
 

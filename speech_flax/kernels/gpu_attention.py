@@ -19,10 +19,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Bool, Float, Int
 
+from speech_flax.kernels.attention import MASKED
 from speech_flax.kernels.dropout import kept
-
-#: Added to the scores of keys that do not count: finite, so that differences are no NaN.
-MASKED = -1e30
+from speech_flax.kernels.products import multiply
 
 #: Where the keys of a block lie, as seen from a block of queries: on which side, or near some of them.
 LEFT, NEAR, RIGHT = "left", "near", "right"
@@ -32,12 +31,6 @@ _OPERANDS = ("states", "states", "states", "mask", "terms", "seeds", "lengths", 
 States = Float[Array, "batch frames heads head_size"]
 Blocks = list[tuple[str, int | Array, int | Array]]
 Terms = Float[Array, "batch heads frames columns"]
-
-
-def multiply(left: Float[Array, "rows inner"], right: Float[Array, "inner columns"]) -> Float[Array, "rows columns"]:
-    """Product with float32 sums; operands of float32 are not rounded."""
-    precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return lax.dot(left, right, precision=precision, preferred_element_type=jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)

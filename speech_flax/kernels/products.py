@@ -1,6 +1,7 @@
-"""Products of activations with a matrix of weights, whose gradient is fast on the CPU too."""
+"""Matrix products: with weights, whose gradient is fast on the CPU too, and of blocks inside kernels."""
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -41,3 +42,12 @@ def _over_rows_and_frames(inputs: Array, cotangent: Array) -> Array:
 
 
 weighted.defvjp(_forward, _backward)
+
+#: Contracted dimensions of ``a @ b``, ``a @ b.T`` and ``a.T @ b``.
+PLAIN, OF_ROWS, OF_COLUMNS = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ()))
+
+
+def multiply(left: Array, right: Array, dimensions: tuple = PLAIN) -> Float[Array, "rows columns"]:
+    """Product with float32 sums; operands of float32 are not rounded."""
+    precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else lax.Precision.DEFAULT
+    return lax.dot_general(left, right, dimensions, precision=precision, preferred_element_type=jnp.float32)

@@ -14,11 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from speech_flax.kernels.products import OF_COLUMNS, OF_ROWS, multiply
 from speech_flax.kernels.tpu_layout import (
-    OF_COLUMNS,
-    OF_ROWS,
     Layout,
-    multiply,
     reversal,
     scores,
     unskew,

@@ -9,18 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
 from speech_flax.kernels.dropout import kept
-
-#: Added to the scores of keys that do not count: finite, so that differences are no NaN.
-MASKED = -1e30
-
-#: Contracted dimensions of ``a @ b``, ``a @ b.T`` and ``a.T @ b``.
-PLAIN, OF_ROWS, OF_COLUMNS = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ()))
-
-
-def multiply(left: Array, right: Array, dimensions: tuple = PLAIN) -> Float[Array, "rows columns"]:
-    """Product with float32 sums; operands of float32 are not rounded."""
-    precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return lax.dot_general(left, right, dimensions, precision=precision, preferred_element_type=jnp.float32)
+from speech_flax.kernels.products import OF_ROWS, multiply
 
 
 def round_up(number: int, multiple: int) -> int:
