@@ -78,12 +78,21 @@ class Optimizer:
         kept = ("frozen", "base") if head_only else ("frozen",)
         return jax.tree.map(lambda group: group in kept, self._groups(params))
 
+    def trained(self, params: PyTree) -> list[str]:
+        """Paths of the parameters that a step changes, as in ``hubert/encoder/layer_norm/scale``.
+
+        Raises:
+            ExperimentError: see :meth:`held`.
+        """
+        paths, _ = jax.tree_util.tree_flatten_with_path(self.held(params))
+        return [_name(path) for path, held in paths if not held]
+
     def _groups(self, params: PyTree) -> PyTree:
         """``"frozen"``, ``"base"`` or ``"head"`` for every parameter."""
         unused = set(self.frozen)
 
         def group(path: tuple, _: Any) -> str:
-            name = "/".join(entry.key for entry in path)
+            name = _name(path)
             matches = {pattern for pattern in self.frozen if re.search(pattern, name)}
             unused.difference_update(matches)
             return "frozen" if matches else "base" if path[0].key in _BASE_MODELS else "head"
@@ -129,4 +138,8 @@ def _held(transformation: optax.GradientTransformation) -> optax.GradientTransfo
 
 def _example(params: PyTree) -> str:
     path, _ = jax.tree_util.tree_flatten_with_path(params)[0][0]
+    return _name(path)
+
+
+def _name(path: tuple) -> str:
     return "/".join(entry.key for entry in path)

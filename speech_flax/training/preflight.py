@@ -15,7 +15,7 @@ import numpy as np
 from speech_flax.configuration import HubertConfig
 from speech_flax.training.estimate import Estimate, estimate
 from speech_flax.training.experiment import Experiment
-from speech_flax.training.flops import forward_flops, training_flops
+from speech_flax.training.flops import training_flops
 from speech_flax.training.hlo import parse_program
 from speech_flax.training.preflight_plan import BucketShape, PreflightPlan, plan_preflight
 from speech_flax.training.programs import Programs, training_programs
@@ -161,6 +161,7 @@ class _BucketReporter:
         self.detailed = detailed
         self.parameters = bytes_per_chip(programs.abstract_state.params)
         self.optimizer = bytes_per_chip(programs.abstract_state.optimizer)
+        self.trained = programs.trained()
 
     def report(self, shape: BucketShape) -> BucketReport:
         """Compile for one shape.
@@ -185,7 +186,7 @@ class _BucketReporter:
         shape, task = report.shape, self.plan.task
         samples = round(shape.max_seconds * 16_000)
         stride = 1 if isinstance(task.model.config, HubertConfig) else task.front_end.stride
-        flops = training_flops(forward_flops(task.model.config, shape.rows, samples, stride))
+        flops = training_flops(task.model.config, shape.rows, samples, stride, self.trained)
         per_chip = flops / self.slice.num_chips
         return dataclasses.replace(
             report,

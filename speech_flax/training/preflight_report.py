@@ -91,9 +91,10 @@ def assumptions(report: Preflight) -> list[str]:
         "a communication moves bytes x (n-1)/n (all-reduce twice that) over one axis of the network in both "
         f"directions, one after another, and takes {COLLECTIVE_LATENCY * 1e6:g} us at least; a permutation goes one "
         "way and leaves the other direction free; what runs while they are under way hides them",
-        "MFU: three times the products and convolutions of the forward pass over all padded frames, nothing that is "
-        "recomputed",
-        "no layer is dropped, the host keeps up with the device, and all chips start together",
+        "MFU: the products and convolutions of the forward pass and of the gradients that training needs, three times "
+        "the former if nothing is frozen, over all padded frames; nothing that is recomputed",
+        "no layer is dropped, the host keeps up with the device, all chips start together, and steps for the head "
+        "alone take as long as others",
     ]
     if report.detailed:
         texts.append(f"cycles of the final instructions at {chip.clock / 1e9:g} GHz, loops as often as they run")

@@ -85,6 +85,10 @@ class Programs:
             create = partial(TrainState.create, optimizer=self._optimizer)
             return jax.jit(create, out_shardings=self._shardings)(params)
 
+    def trained(self) -> list[str]:
+        """Paths of the parameters that are trained."""
+        return self._optimizer.trained(self.abstract_state.params)
+
     def compile(self, batch: Batch, *, training: bool, head_only: bool = False) -> jax.stages.Compiled:
         """The program for batches of this shape; compiled at the first call."""
         arrays = device_arrays(batch)
