@@ -127,6 +127,7 @@ def tiny(path: Path, corpora: dict[str, Path], places: tuple[Path, Path]) -> Exp
         model=model,
         optimizer=optimizer,
         steps=2,
+        mesh=dataclasses.replace(experiment.mesh, fsdp=1),  # as the headers say for one device
         run_directory=str(runs / path.stem),
         cache_directory=str(cache),
     )

@@ -136,3 +136,12 @@ def test_heads_that_an_axis_does_not_divide_say_what_to_change():
 def test_mesh_that_does_not_fit_one_device_is_refused(sizes):
     with pytest.raises(ShardingError, match="mesh"):
         make_mesh(MeshSettings(*sizes), jax.devices()[:1])
+
+
+@pytest.mark.parametrize(("sizes", "devices", "fsdp"), [((-1, 16, 1), 1, 1), ((-1, 16, 1), 8, 8), ((2, 1, 3), 4, 1)])
+def test_mesh_for_another_number_of_devices_says_which_would_fit(sizes, devices, fsdp):
+    stand_ins = [jax.devices()[0]] * devices
+    with pytest.raises(ShardingError) as raised:
+        make_mesh(MeshSettings(*sizes), stand_ins)
+    assert f"does not fit {devices} device(s)" in str(raised.value)
+    assert f"--mesh.data -1 --mesh.fsdp {fsdp} --mesh.tensor 1 would fit" in str(raised.value)

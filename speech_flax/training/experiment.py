@@ -235,7 +235,6 @@ def experiment_parser(prog: str = "train.py") -> ArgumentParser:
     parser = ArgumentParser(
         prog=prog,
         exit_on_error=False,
-        default_meta=False,
         description="Train a model as a configuration file describes it; every field can be overridden.",
     )
     parser.add_argument(

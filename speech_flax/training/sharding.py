@@ -27,15 +27,16 @@ def make_mesh(settings: MeshSettings, devices: list[jax.Device] | None = None) -
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise ShardingError(f"mesh sizes must be positive, and at most one -1; they are {sizes}")
-    taken = math.prod(size for size in sizes.values() if size != -1)
-    if free and len(devices) % taken == 0:
-        sizes[free[0]] = len(devices) // taken
-    if math.prod(sizes.values()) != len(devices):
+    taken, present = math.prod(size for size in sizes.values() if size != -1), len(devices)
+    if present % taken or (not free and taken != present):
         shape = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        fsdp = math.gcd(max(1, settings.fsdp), present)
         raise ShardingError(
-            f"mesh {shape} does not fit {len(devices)} device(s): the sizes must multiply to {len(devices)}; "
-            "set one of mesh.data, mesh.fsdp, mesh.tensor to -1 to let it take the rest"
+            f"mesh {shape} does not fit {present} device(s): the sizes must multiply to {present}, where -1 takes the "
+            f"rest; --mesh.data -1 --mesh.fsdp {fsdp} --mesh.tensor 1 would fit"
         )
+    if free:
+        sizes[free[0]] = present // taken
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
