@@ -65,7 +65,7 @@ def paths(tree: dict) -> list[tuple[str, tuple[int, ...]]]:
     return [("/".join(entry.key for entry in path), leaf.shape) for path, leaf in leaves]
 
 
-@pytest.mark.parametrize(("family", "head", "fields", "inputs"), variants())
+@pytest.mark.parametrize(("family", "head", "fields", "inputs"), list(variants()))
 def test_every_parameter_has_exactly_one_rule_of_its_rank(family, head, fields, inputs):
     for path, shape in paths(parameters(family, head, fields, inputs)):
         spec = parameter_spec(path)  # raises unless exactly one rule matches
