@@ -59,7 +59,7 @@ FORMATS = {"wav": "WAV", "flac": "FLAC", "mp3": "MP3", "opus": "OGG"}
 RATES = (16_000, 8_000, 44_100, 48_000)
 LONG_SECONDS = 16.0
 #: One chip and four of a v5e slice, at the most that the preflight of w2v-bert-2.0 gives them.
-DEVICE_SPEEDS = (630, 2520)
+DEVICE_SPEEDS = (755, 3020)
 
 
 class Letters:
