@@ -61,7 +61,9 @@ class FlashAttention:
         cotangent: States,
     ) -> tuple[States, States, States, Float[Array, "distances head_size"] | None]:
         """Gradients of queries, keys, values and embeddings."""
-        layout, operands = self._operands(query, key, value, mask, embeddings, seeds)
+        layout, (*operands, table, seeds, lengths) = self._operands(query, key, value, mask, embeddings, seeds)
+        reversed_rows = np.maximum(layout.last - np.arange(layout.table), 0)
+        operands += [table, table[reversed_rows] if layout.relative else table, seeds, lengths]
         rows = jnp.pad(logsumexp, ((0, 0), (0, 0), (0, layout.block * layout.blocks - query.shape[1])))
         rows = rows.reshape(query.shape[0], -1, layout.group, layout.block * layout.blocks)
         packed = (self._pack(layout, attended), rows, self._pack(layout, cotangent))
@@ -69,7 +71,7 @@ class FlashAttention:
         d_query, d_key, d_value = (self._unpack(layout, states, query) for states in (d_query, d_key, d_value))
         if embeddings is not None:
             by_row = d_table.sum((0, 1)).reshape(-1, layout.group, layout.lanes).sum(1)[:, : query.shape[-1]]
-            row_of = self._rows_of_table(layout, embeddings.shape[0])
+            row_of = self._rows_of_table(layout, embeddings.shape[0])[reversed_rows]
             embeddings = jax.ops.segment_sum(by_row, row_of, embeddings.shape[0]).astype(embeddings.dtype)
         return d_query, d_key, d_value, embeddings
 

@@ -2,9 +2,13 @@
 
 The term of relative keys costs one product with the table of embeddings for each tile of queries; a strided roll moves
 it to its place next to the diagonal. Nothing with both queries and keys leaves the chip.
+
+Every step is written for all tiles of keys before the next: the compiler keeps to the order of the text by and large,
+and matrix units that wait for one tile's softmax have another tile's products to compute meanwhile.
 """
 
 import math
+from collections.abc import Iterable
 from functools import partial
 
 import jax
@@ -15,12 +19,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from speech_flax.kernels.products import OF_COLUMNS, OF_ROWS, multiply
-from speech_flax.kernels.tpu_layout import (
-    Layout,
-    reversal,
-    scores,
-    unskew,
-)
+from speech_flax.kernels.tpu_layout import LEFT, NEAR, RIGHT, Layout
+from speech_flax.kernels.tpu_relative_key import RelativeScores, gradient_by_distance
 
 #: Programs of different rows and heads are independent; those of one head share sums.
 _SEMANTICS = ("parallel", "parallel", "arbitrary", "arbitrary")
@@ -29,199 +29,154 @@ _MEMORY_LIMIT = 100 * 2**20
 Rows = Float[Array, "batch frames lanes"]
 
 
-def _as_row(column: Float[Array, "tile 1"]) -> Float[Array, "1 tile"]:
-    """A transposed column, without a transposition."""
-    size = column.shape[0]
-    row, lane = (lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
-    return jnp.where(row == lane, column, 0).sum(0, keepdims=True)
+def _as_rows(layout: Layout, column: Float[Array, "rows 1"]) -> Float[Array, "group tile"]:
+    """A row for each head, without a transposition."""
+    row, lane = (lax.broadcasted_iota(jnp.int32, (layout.tile, layout.tile), axis) for axis in (0, 1))
+    of_heads = layout.heads(column)
+    return jnp.concatenate([jnp.where(row == lane, of_head, 0).sum(0, keepdims=True) for of_head in of_heads])
 
 
-def _as_column(values: Float[Array, "1 tile"]) -> Float[Array, "tile 1"]:
-    size = values.shape[1]
-    row, lane = (lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
-    return jnp.where(row == lane, values, 0).sum(1, keepdims=True)
+def _as_column(layout: Layout, values: Float[Array, "group tile"]) -> Float[Array, "rows 1"]:
+    row, lane = (lax.broadcasted_iota(jnp.int32, (layout.tile, layout.tile), axis) for axis in (0, 1))
+    of_heads = (values[head : head + 1] for head in range(layout.group))
+    return jnp.concatenate([jnp.where(row == lane, of_head, 0).sum(1, keepdims=True) for of_head in of_heads])
+
+
+def _tile(layout: Layout, index: Array) -> pl.Slice:
+    """The rows of a block that its ``index``-th tile of queries has."""
+    return pl.ds(pl.multiple_of(index * layout.tile, layout.tile), layout.tile)
+
+
+def _seeds_of_heads(layout: Layout, seeds) -> list[Array]:
+    row, group = pl.program_id(0), pl.program_id(1)
+    return [seeds[row, group * layout.group + head] for head in range(layout.group)] if layout.dropout_rate else []
+
+
+def _add(sums_ref, places: Iterable, products: Iterable[Array]) -> None:
+    """Add products to the sums at these places, which differ."""
+    # The compiler does not know that they differ: read all before any is written.
+    places = list(places)
+    sums = [sums_ref[place] + product for place, product in zip(places, products, strict=True)]
+    for place, total in zip(places, sums, strict=True):
+        sums_ref[place] = total
 
 
 def _forward_kernel(
     seeds, lengths, q_ref, k_ref, v_ref, mask_ref, table_ref, o_ref, lse_ref, scores_ref, sides_ref, m_ref, l_ref,
     acc_ref, *, layout: Layout,
 ):  # fmt: skip
-    row, heads, i, j = (pl.program_id(axis) for axis in range(4))
-    tile, group = layout.tile, layout.group
-    first_key = j * layout.block
-
-    @pl.when(j == 0)
-    def _():
-        m_ref[...] = jnp.full_like(m_ref, -jnp.inf)
-        l_ref[...] = jnp.zeros_like(l_ref)
-        acc_ref[...] = jnp.zeros_like(acc_ref)
+    row, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    seeds_of_heads = _seeds_of_heads(layout, seeds)
 
     def step(index: Array, carry: None) -> None:
-        rows = pl.ds(pl.multiple_of(index * tile, tile), tile)
-        first_query = i * layout.block + index * tile
-        query, key, value = q_ref[0, rows], k_ref[0], v_ref[0]
-        table = table_ref[...] if layout.relative else None
-        total = acc_ref[rows]
-        for head in range(group):
-            of_head = layout.of_head(query, head)
-            score = scores(
-                layout,
-                of_head,
-                key,
-                table,
-                mask_ref[0],
-                first_query,
-                first_key,
-                scores_ref.at[head],
-                sides_ref.at[head],
-            )
-            before = m_ref[head, rows][:, :1]
-            highest = jnp.maximum(before, score.max(1, keepdims=True))
-            weights = jnp.exp(score - highest)
-            shrink = jnp.exp(before - highest)
-            m_ref[head, rows] = jnp.broadcast_to(highest, (tile, tile))
-            summed = l_ref[head, rows][:, :1] * shrink + weights.sum(1, keepdims=True)
-            l_ref[head, rows] = jnp.broadcast_to(summed, (tile, tile))
+        rows = _tile(layout, index)
+        query = layout.stack(q_ref[0, rows])
+        added = RelativeScores(layout, query, table_ref[...], sides_ref) if layout.relative else None
+        tiles = layout.keys(i, j, index)
+        highest = None
+        for number, keys in enumerate(tiles):
+            score = multiply(query, k_ref[0, keys.rows], OF_ROWS) + mask_ref[0, :, keys.rows]
+            score = score if added is None else score + added.of(keys)
+            scores_ref[number] = score
+            highest = score if highest is None else jnp.maximum(highest, score)
+        highest = highest.max(1, keepdims=True)
+        if layout.blocks > 1:
+            before = jnp.where(j == 0, -jnp.inf, m_ref[index])
+            highest = jnp.maximum(highest, before)
+        summed = attended = jnp.zeros((layout.rows, layout.tile), jnp.float32)
+        for number, keys in enumerate(tiles):
+            weights = jnp.exp(scores_ref[number] - highest)
+            summed += weights
             if layout.dropout_rate:
-                seed = seeds[row, heads * group + head]
-                weights = jnp.where(layout.kept(seed, first_query, first_key), weights, 0)
-            added = total * shrink + multiply(weights.astype(value.dtype), value)
-            total = layout.merge(total, added, head)
-        acc_ref[rows] = total
+                weights = jnp.where(layout.kept(seeds_of_heads, i, index, j, keys), weights, 0)
+            attended += multiply(weights.astype(v_ref.dtype), v_ref[0, keys.rows])
+        summed = summed.sum(1, keepdims=True)
+        if layout.blocks > 1:
+            shrink = jnp.exp(before - highest)
+            summed += shrink * jnp.where(j == 0, 0, l_ref[index])
+            attended += shrink * jnp.where(j == 0, 0, acc_ref[index])
+            m_ref[index], l_ref[index], acc_ref[index] = highest, summed, attended
+        # With several blocks of keys this is of those so far, and stays when the last one has been seen.
+        attended *= 1 / ((1 - layout.dropout_rate) * summed)
+        o_ref[0, rows] = layout.unstack(attended).astype(o_ref.dtype)
+        lse_ref[0, 0, :, rows] = _as_rows(layout, highest + jnp.log(summed))
 
-    @pl.when(first_key < lengths[row])
+    @pl.when(j * layout.block < lengths[row])
     def _():
         lax.fori_loop(0, layout.tiles, step, None)
 
-    def finish(index: Array, carry: None) -> None:
-        rows = pl.ds(pl.multiple_of(index * tile, tile), tile)
-        attended = acc_ref[rows]
-        for head in range(group):
-            summed = l_ref[head, rows][:, :1]
-            scaled = attended * (1 / ((1 - layout.dropout_rate) * summed))
-            attended = layout.merge(attended, scaled, head)
-            lse_ref[0, 0, head : head + 1, rows] = _as_row(m_ref[head, rows][:, :1] + jnp.log(summed))
-        o_ref[0, rows] = attended.astype(o_ref.dtype)
-
-    @pl.when(j == layout.blocks - 1)
-    def _():
-        lax.fori_loop(0, layout.tiles, finish, None)
-
 
 def _backward_kernel(
-    seeds, lengths, q_ref, k_ref, v_ref, mask_ref, table_ref, o_ref, lse_ref, do_ref, dq_ref, dk_ref, dv_ref,
-    dtable_ref, scores_ref, sides_ref, ds_ref, dq_sum, dk_sum, dv_sum, dtable_sum, keys_ref, *, layout: Layout,
+    seeds, lengths, q_ref, k_ref, v_ref, mask_ref, table_ref, reversed_ref, o_ref, lse_ref, do_ref, dq_ref, dk_ref,
+    dv_ref, dtable_ref, sides_ref, keys_ref, dq_sum, dk_sum, dv_sum, dtable_sum, *, layout: Layout,
 ):  # fmt: skip
-    row, heads, j, i = (pl.program_id(axis) for axis in range(4))
-    tile, group, margin = layout.tile, layout.group, layout.margin
-    first_key = j * layout.block
-    dtype = q_ref.dtype
-    rescale = 1 / (1 - layout.dropout_rate)
+    row, j, i = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    seeds_of_heads = _seeds_of_heads(layout, seeds)
+    last = slice(layout.last, layout.last + 1)
 
     @pl.when((j == 0) & (i == 0))
     def _():
-        dq_sum[...] = jnp.zeros_like(dq_sum)
-        if layout.relative:
-            dtable_sum[...] = jnp.zeros_like(dtable_sum)
-            ds_ref[...] = jnp.zeros_like(ds_ref)
+        dtable_sum[...] = jnp.zeros_like(dtable_sum)
 
     @pl.when(i == 0)
     def _():
         dk_sum[...] = jnp.zeros_like(dk_sum)
         dv_sum[...] = jnp.zeros_like(dv_sum)
-
-    def of_sides(first_query: Array) -> Array:
-        """Keys, each with the embedding of its side; whoever is in the window gets its own elsewhere."""
-        last = layout.left + layout.right
-        ends = (table_ref[:1], jnp.zeros_like(table_ref[:1]), table_ref[last : last + 1])
-        for start in range(0, layout.block, tile):
-            side = layout.side(first_query, first_key + start)
-            end = jnp.where(side == 0, ends[0], jnp.where(side == 2, ends[2], ends[1]))
-            keys_ref[start : start + tile] = k_ref[0, start : start + tile] + end
-        return keys_ref[...]
+        keys_ref[NEAR] = k_ref[0]
+        if layout.relative:  # outside the window a key always comes together with the embedding of its side
+            keys_ref[LEFT] = k_ref[0] + table_ref[:1]
+            keys_ref[RIGHT] = k_ref[0] + table_ref[last]
 
     def step(index: Array, carry: None) -> None:
-        rows = pl.ds(pl.multiple_of(index * tile, tile), tile)
-        first_query = i * layout.block + index * tile
-        query, key, value = q_ref[0, rows], k_ref[0], v_ref[0]
-        table = table_ref[...] if layout.relative else None
-        d_attended = do_ref[0, rows].astype(jnp.float32)
-        products = d_attended * o_ref[0, rows].astype(jnp.float32)
-        d_attended = (d_attended * rescale).astype(dtype)
-        d_query = jnp.zeros((tile, tile), jnp.float32)
-        keys = of_sides(first_query) if layout.relative else key
-        for head in range(group):
-            of_head = layout.of_head(query, head)
-            score = scores(
-                layout,
-                of_head,
-                key,
-                table,
-                mask_ref[0],
-                first_query,
-                first_key,
-                scores_ref.at[head],
-                sides_ref.at[head],
-            )
-            weights = jnp.exp(score - _as_column(lse_ref[0, 0, head : head + 1, rows]))
-            d_head = layout.of_head(d_attended, head)
-            d_weights = multiply(d_head, value, OF_ROWS)
-            dropped = weights
-            if layout.dropout_rate:
-                kept = layout.kept(seeds[row, heads * group + head], first_query, first_key)
-                dropped, d_weights = jnp.where(kept, weights, 0), jnp.where(kept, d_weights, 0)
-            dv_sum[...] += multiply(dropped.astype(dtype), d_head, OF_COLUMNS)
-            d_scores = weights * (d_weights - layout.of_head(products, head).sum(1, keepdims=True))
-            d_scores = d_scores.astype(dtype)
-            d_key = multiply(d_scores, of_head, OF_COLUMNS)
-            d_of_head = multiply(d_scores, keys)
-            if layout.relative:
-                ds_ref[head, :, margin : margin + layout.block] = d_scores
-                d_of_head += _backward_of_window(
-                    layout, ds_ref.at[head], of_head, table, dtable_sum, first_query, first_key
-                )
-                for start in range(0, layout.block, tile):
-                    side = layout.side(first_query, first_key + start)
-                    dk_sum[side, start : start + tile] += d_key[start : start + tile]
-            else:
-                dk_sum[0] += d_key
-            d_query = layout.merge(d_query, d_of_head, head)
-        dq_sum[pl.ds(pl.multiple_of(first_query, tile), tile)] += d_query
+        rows = _tile(layout, index)
+        tiles = layout.keys(i, j, index)
+        query, logsumexp = layout.stack(q_ref[0, rows]), _as_column(layout, lse_ref[0, 0, :, rows])
+        cotangent = do_ref[0, rows].astype(jnp.float32)
+        products = layout.stack(cotangent * o_ref[0, rows].astype(jnp.float32)).sum(1, keepdims=True)
+        d_attended = layout.stack((cotangent / (1 - layout.dropout_rate)).astype(query.dtype))
+        added = RelativeScores(layout, query, table_ref[...], sides_ref, logsumexp) if layout.relative else None
+        scores = [multiply(query, k_ref[0, keys.rows], OF_ROWS) for keys in tiles]
+        d_weights = [multiply(d_attended, v_ref[0, keys.rows], OF_ROWS) for keys in tiles]
+        shifts = [mask_ref[0, :, keys.rows] + (-logsumexp if added is None else added.of(keys)) for keys in tiles]
+        dropped = weights = [jnp.exp(score + shift) for score, shift in zip(scores, shifts, strict=True)]
+        if layout.dropout_rate:
+            kept = [layout.kept(seeds_of_heads, i, index, j, keys) for keys in tiles]
+            dropped = [jnp.where(mask, array, 0) for mask, array in zip(kept, weights, strict=True)]
+            d_weights = [jnp.where(mask, array, 0) for mask, array in zip(kept, d_weights, strict=True)]
+        d_scores = [(w * (d - products)).astype(query.dtype) for w, d in zip(weights, d_weights, strict=True)]
+        d_values = [multiply(array.astype(query.dtype), d_attended, OF_COLUMNS) for array in dropped]
+        _add(dv_sum, [keys.rows for keys in tiles], d_values)
+        by_distance = gradient_by_distance(layout, tiles, d_scores) if layout.relative else None
+        places = [(keys.place, keys.rows) for keys in tiles]
+        _add(dk_sum, places, [multiply(d_score, query, OF_COLUMNS) for d_score in d_scores])
+        d_query = jnp.zeros((layout.rows, layout.tile), jnp.float32)
+        for place, d_score in zip(places, d_scores, strict=True):
+            d_query += multiply(d_score, keys_ref[place])
+        if layout.relative:
+            d_query += multiply(by_distance, reversed_ref[...])
+            dtable_sum[...] += multiply(by_distance, query, OF_COLUMNS)
+        d_query, place = layout.unstack(d_query), _tile(layout, i * layout.tiles + index)
+        dq_sum[place] = d_query if layout.blocks == 1 else d_query + jnp.where(j == 0, 0, dq_sum[place])
 
-    @pl.when(first_key < lengths[row])
+    @pl.when(j * layout.block < lengths[row])
     def _():
         lax.fori_loop(0, layout.tiles, step, None)
 
     @pl.when(j == layout.blocks - 1)
     def _():
-        dq_ref[0] = dq_sum[pl.ds(pl.multiple_of(i * layout.block, tile), layout.block)].astype(dtype)
+        dq_ref[0] = dq_sum[pl.ds(pl.multiple_of(i * layout.block, layout.tile), layout.block)].astype(dq_ref.dtype)
 
     @pl.when(i == layout.blocks - 1)
     def _():
-        dk_ref[0] = dk_sum[...].sum(0).astype(dtype)
-        dv_ref[0] = dv_sum[...].astype(dtype)
+        dk_ref[0] = dk_sum[...].sum(0).astype(dk_ref.dtype)
+        dv_ref[0] = dv_sum[...].astype(dv_ref.dtype)
         if layout.relative:
-            last = layout.left + layout.right
-            dtable_sum[:1] += dk_sum[0].sum(0, keepdims=True)
-            dtable_sum[last : last + 1] += dk_sum[2].sum(0, keepdims=True)
+            dtable_sum[:1] += dk_sum[RIGHT].sum(0, keepdims=True)
+            dtable_sum[last] += dk_sum[LEFT].sum(0, keepdims=True)
 
     @pl.when((i == layout.blocks - 1) & (j == layout.blocks - 1))
     def _():
-        if layout.relative:
-            dtable_ref[0, 0] = dtable_sum[...]
-
-
-def _backward_of_window(
-    layout: Layout, ds_ref, query: Array, table: Array, dtable_sum, first_query: Array, first_key: Array
-) -> Float[Array, "tile lanes"]:
-    """Gradient of a tile of queries through the embeddings of the window; adds that of the table to its sum."""
-    column, touches = layout.window_start(first_query, first_key)
-    reverse = reversal(layout.tile, query.dtype)
-    by_distance = unskew(layout, ds_ref[:, pl.ds(column, layout.window)]).astype(query.dtype)
-    by_distance = jnp.where(touches, by_distance, jnp.zeros_like(by_distance))
-    reversed_query = multiply(reverse, query).astype(query.dtype)
-    dtable_sum[...] += multiply(by_distance, reversed_query, OF_COLUMNS)
-    return multiply(reverse, multiply(by_distance, table).astype(query.dtype))
+        dtable_ref[0, 0] = dtable_sum[...]
 
 
 def _call(
@@ -283,22 +238,17 @@ def forward(
             jax.ShapeDtypeStruct((batch, groups, layout.group, frames), jnp.float32),
         ],
         [
-            *_scratch(layout),
-            pltpu.VMEM((layout.group, block, tile), jnp.float32),
-            pltpu.VMEM((layout.group, block, tile), jnp.float32),
-            pltpu.VMEM((block, tile), jnp.float32),
+            pltpu.VMEM((layout.tiles, layout.rows, tile), jnp.float32),
+            _sides(layout),
+            *[pltpu.VMEM((layout.tiles, layout.rows, lanes), jnp.float32) for lanes in (1, 1, tile)],
         ],
         interpret,
     )(seeds, lengths, query, key, value, mask, table)
 
 
-def _scratch(layout: Layout) -> list:
-    """Memory of :func:`~speech_flax.kernels.tpu_layout.scores`."""
-    tile, columns = layout.tile, layout.columns if layout.relative else layout.tile
-    return [
-        pltpu.VMEM((layout.group, tile, columns), jnp.float32),
-        pltpu.VMEM((layout.group, 3, tile, tile), jnp.float32),
-    ]
+def _sides(layout: Layout) -> pl.MemoryRef:
+    """Memory of :class:`~speech_flax.kernels.tpu_relative_key.RelativeScores`."""
+    return pltpu.VMEM((3, layout.rows, layout.tile), jnp.float32)
 
 
 def backward(
@@ -308,6 +258,7 @@ def backward(
     value: Rows,
     mask: Float[Array, "batch 1 frames"],
     table: Float[Array, "table tile"],
+    reversed_table: Float[Array, "table tile"],
     seeds: Int[Array, "batch heads"],
     lengths: Int[Array, "batch"],
     attended: Rows,
@@ -315,13 +266,13 @@ def backward(
     cotangent: Rows,
     interpret: bool,
 ) -> tuple[Rows, Rows, Rows, Float[Array, "batch groups table tile"]]:
-    """Gradients of queries, keys, values, and of the table for every row and group of heads."""
+    """Gradients of queries, keys, values, and of the reversed table for every row and group of heads."""
     batch, frames, lanes = query.shape
     tile, block, last = layout.tile, layout.block, layout.blocks - 1
     groups = lanes // tile
     queries = pl.BlockSpec((1, block, tile), lambda b, h, j, i, *_: (b, i, h))
     keys = pl.BlockSpec((1, block, tile), lambda b, h, j, i, *_: (b, j, h))
-    sums = 3 if layout.relative else 1
+    places = 3 if layout.relative else 1
     return _call(
         _backward_kernel,
         layout,
@@ -332,7 +283,7 @@ def backward(
             keys,
             keys,
             pl.BlockSpec((1, 1, block), lambda b, h, j, i, *_: (b, 0, j)),
-            pl.BlockSpec(table.shape, lambda *_: (0, 0)),
+            *[pl.BlockSpec(table.shape, lambda *_: (0, 0))] * 2,
             queries,
             pl.BlockSpec((1, 1, layout.group, block), lambda b, h, j, i, *_: (b, h, 0, i)),
             queries,
@@ -349,13 +300,12 @@ def backward(
             jax.ShapeDtypeStruct((batch, groups, *table.shape), jnp.float32),
         ],
         [
-            *_scratch(layout),
-            pltpu.VMEM((layout.group, tile, layout.columns if layout.relative else tile), query.dtype),
+            _sides(layout),
+            pltpu.VMEM((places, block, tile), query.dtype),
             pltpu.VMEM((frames, tile), jnp.float32),
-            pltpu.VMEM((sums, block, tile), jnp.float32),
+            pltpu.VMEM((places, block, tile), jnp.float32),
             pltpu.VMEM((block, tile), jnp.float32),
             pltpu.VMEM(table.shape, jnp.float32),
-            pltpu.VMEM((block, tile), query.dtype),
         ],
         interpret,
-    )(seeds, lengths, query, key, value, mask, table, attended, logsumexp, cotangent)
+    )(seeds, lengths, query, key, value, mask, table, reversed_table, attended, logsumexp, cotangent)

@@ -5,11 +5,12 @@ import dataclasses
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
 from speech_flax.kernels.dropout import kept
-from speech_flax.kernels.products import OF_ROWS, multiply
+
+#: Where a tile of keys lies, as seen from a tile of queries; ``NEAR`` is in the window, or anywhere without relative keys.
+NEAR, LEFT, RIGHT = 0, 1, 2
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -18,13 +19,45 @@ def round_up(number: int, multiple: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
+class Keys:
+    """A tile of keys, as a tile of queries sees it.
+
+    Attributes:
+      rows: Its place in the block of keys.
+      first: Its first frame in that block.
+      apart: How many tiles it lies to the right of the queries; ``None`` without relative keys.
+      near: The values of ``apart`` at which it belongs to the window, of those that can occur.
+    """
+
+    rows: pl.Slice
+    first: int | Int[Array, ""]
+    apart: Int[Array, ""] | None
+    near: tuple[int, ...]
+
+    @property
+    def side(self) -> Int[Array, ""]:
+        """``LEFT`` or ``RIGHT``, of a tile outside the window."""
+        return jnp.where(self.apart < 0, LEFT, RIGHT)
+
+    @property
+    def place(self) -> int | Int[Array, ""]:
+        """``NEAR``, ``LEFT`` or ``RIGHT``."""
+        if self.apart is None:
+            return NEAR
+        place = self.side
+        for apart in self.near:
+            place = jnp.where(self.apart == apart, NEAR, place)
+        return place
+
+
+@dataclasses.dataclass(frozen=True)
 class Layout:
     """Sizes of the pieces.
 
     A program handles one block of queries and one block of keys for as many heads as share ``tile`` lanes. Within it,
-    a loop handles ``tile`` queries at a time. Keys whose distance to any of these is not clipped lie in a window that
-    starts ``before`` the first query; keys to its left all get the score of the leftmost distance, keys to its right
-    that of the rightmost.
+    a loop handles ``tile`` queries at a time, of these heads one under the other, and all keys, tile by tile. Keys
+    whose distance to any of the queries is not clipped lie in a window that starts ``before`` the first query; keys to
+    its left all get the score of the leftmost distance, keys to its right that of the rightmost.
 
     Attributes:
       tile: Lanes of a register, and queries handled at a time.
@@ -57,18 +90,19 @@ class Layout:
         return self.before + self.tile + round_up(max(self.right, 1), self.tile)
 
     @property
+    def near(self) -> range:
+        """How many tiles to the right of the queries the tiles of their window lie."""
+        return range(-self.before // self.tile, (self.window - self.before) // self.tile)
+
+    @property
+    def last(self) -> int:
+        """The row of the rightmost distance in the table of embeddings."""
+        return (self.left or 0) + self.right
+
+    @property
     def table(self) -> int:
         """Rows of the table of embeddings; those behind the rightmost distance repeat it."""
-        return round_up((self.left or 0) + self.right + 1, self.tile)
-
-    @property
-    def margin(self) -> int:
-        """Columns on both sides of a block of scores, so that a window can be written that is partly outside."""
-        return self.window if self.relative else 0
-
-    @property
-    def columns(self) -> int:
-        return self.block + 2 * self.margin
+        return round_up(self.last + 1, self.tile)
 
     @property
     def lanes(self) -> int:
@@ -79,110 +113,57 @@ class Layout:
     def tiles(self) -> int:
         return self.block // self.tile
 
-    def of_head(self, states: Float[Array, "rows tile"], head: int) -> Float[Array, "rows tile"]:
-        """States of one head of a group: zeros in the lanes of the others."""
-        return self.merge(jnp.zeros_like(states), states, head)
+    @property
+    def rows(self) -> int:
+        """Rows of a tile of queries of all heads of a group."""
+        return self.group * self.tile
 
-    def merge(self, old: Float[Array, "rows tile"], new: Float[Array, "rows tile"], head: int) -> Array:
-        """``new`` in the lanes of one head of a group, ``old`` in the others."""
+    def stack(self, states: Float[Array, "tile lanes"]) -> Float[Array, "rows lanes"]:
+        """The heads of a group one under the other, each with zeros in the lanes of the others."""
         if self.group == 1:
-            return new
+            return states
+        zeros = jnp.zeros_like(states)
+        return jnp.concatenate([self._merge(zeros, states, head) for head in range(self.group)])
+
+    def unstack(self, stacked: Float[Array, "rows lanes"]) -> Float[Array, "tile lanes"]:
+        """The heads of a group side by side, each from its own rows."""
+        states, *others = self.heads(stacked)
+        for head, other in enumerate(others, 1):
+            states = self._merge(states, other, head)
+        return states
+
+    def _merge(self, old: Float[Array, "tile lanes"], new: Float[Array, "tile lanes"], head: int) -> Array:
+        """``new`` in the lanes of one head, ``old`` in the others."""
         lane = lax.broadcasted_iota(jnp.int32, new.shape, 1)
         return jnp.where((lane >= head * self.lanes) & (lane < (head + 1) * self.lanes), new, old)
 
-    def side(self, first_query: Array, first_key: Array) -> Array:
-        """Where a tile of keys lies: 0 left of the window, 1 in it, 2 right of it."""
-        start = first_query - self.before
-        return jnp.where(first_key < start, 0, jnp.where(first_key >= start + self.window, 2, 1))
+    def heads(self, stacked: Float[Array, "rows columns"]) -> list[Float[Array, "tile columns"]]:
+        """The rows of every head of a group."""
+        return [stacked[head * self.tile : (head + 1) * self.tile] for head in range(self.group)]
 
-    def window_start(self, first_query: Array, first_key: Array) -> tuple[Array, Array]:
-        """Column of the window in a block of scores with margins, and whether it touches the block."""
-        start = first_query - self.before - first_key
-        touches = (start > -self.window) & (start < self.block)
-        return pl.multiple_of(jnp.clip(start + self.margin, 0, self.columns - self.window), self.tile), touches
+    def keys(self, query_block: Array, key_block: Array, index: Array) -> list[Keys]:
+        """The tiles of a block of keys, for the ``index``-th tile of a block of queries; those of the window last.
 
-    def kept(self, seed: Array, first_query: Array, first_key: Array) -> Bool[Array, "tile block"]:
-        """Probabilities of a tile of queries that dropout keeps."""
+        With relative keys the order turns with the queries, so that which tiles can lie in the window is known when
+        the kernel is compiled.
+        """
+        if not self.relative:
+            return [Keys(pl.ds(tile * self.tile, self.tile), tile * self.tile, None, ()) for tile in range(self.tiles)]
+        keys = []
+        for turn in range(self.tiles):
+            number = index + turn
+            number = jnp.where(number >= self.tiles, number - self.tiles, number)
+            apart = (key_block - query_block) * self.tiles + number - index
+            first = pl.multiple_of(number * self.tile, self.tile)
+            near = tuple(tiles for tiles in self.near if (tiles - turn) % self.tiles == 0)
+            keys.append(Keys(pl.ds(first, self.tile), first, apart, near))
+        return sorted(keys, key=lambda tile: bool(tile.near))
+
+    def kept(
+        self, seeds: list[Array], query_block: Array, index: Array, key_block: Array, keys: Keys
+    ) -> Bool[Array, "rows tile"]:
+        """Probabilities of a tile of queries and one of keys that dropout keeps; a seed for every head of the group."""
+        first_query, first_key = query_block * self.block + index * self.tile, key_block * self.block + keys.first
         queries = first_query + lax.broadcasted_iota(jnp.int32, (self.tile, 1), 0)
-        keys = first_key + lax.broadcasted_iota(jnp.int32, (1, self.block), 1)
-        return kept(seed, queries, keys, self.dropout_rate)
-
-
-def scores(
-    layout: Layout,
-    query: Float[Array, "tile lanes"],
-    key: Float[Array, "block lanes"],
-    table: Float[Array, "table lanes"] | None,
-    mask: Float[Array, "1 block"],
-    first_query: Int[Array, ""],
-    first_key: Int[Array, ""],
-    scores_ref,
-    sides_ref,
-) -> Float[Array, "tile block"]:
-    """Scores of a tile of queries; ``scores_ref`` and ``sides_ref`` are scratch memory of the relative term."""
-    content = multiply(query, key, OF_ROWS)
-    if not layout.relative:
-        return content + mask
-    tile, margin = layout.tile, layout.margin
-    near = multiply(query, table, OF_ROWS)
-    last = layout.left + layout.right
-    far_left, far_right = near[:, :1], near[:, last : last + 1]
-    sides_ref[0] = jnp.broadcast_to(far_left, (tile, tile))
-    sides_ref[1] = jnp.zeros((tile, tile), jnp.float32)
-    sides_ref[2] = jnp.broadcast_to(far_right, (tile, tile))
-    for start in range(0, layout.block, tile):
-        side = sides_ref[layout.side(first_query, first_key + start)]
-        scores_ref[:, margin + start : margin + start + tile] = content[:, start : start + tile] + side
-    column, touches = layout.window_start(first_query, first_key)
-
-    @pl.when(touches)
-    def _():
-        scores_ref[:, pl.ds(column, layout.window)] += _skew(layout, near, far_left, far_right)
-
-    return scores_ref[:, margin : margin + layout.block] + mask
-
-
-def _skew(layout: Layout, near: Array, far_left: Array, far_right: Array) -> Float[Array, "tile window"]:
-    """Scores by key of the window from scores by distance: each row moves one column further than the row above."""
-    tile, window = layout.tile, layout.window
-    behind = jnp.broadcast_to(far_right, (tile, window - layout.table))
-    by_distance = jnp.concatenate([near, behind], axis=1) if window > layout.table else near
-    by_key = pltpu.roll(by_distance, layout.before - layout.left, 1, stride=1, stride_axis=0)
-    return jnp.where(_wrapped(layout, reverse=False), far_left, by_key)
-
-
-def _wrapped(layout: Layout, reverse: bool) -> Bool[Array, "tile window"]:
-    """Columns of the window left of the leftmost distance: of the skewed one, or of one unskewed with rows reversed."""
-    shape = (layout.tile, layout.window)
-    row, column = lax.broadcasted_iota(jnp.int32, shape, 0), lax.broadcasted_iota(jnp.int32, shape, 1)
-    shift = layout.before - layout.left
-    if reverse:
-        return column >= layout.window - (layout.tile - 1 - row) - shift
-    return column < row + shift
-
-
-def reversal(size: int, dtype: jnp.dtype) -> Float[Array, "size size"]:
-    """The matrix that reverses the order of rows."""
-    row, column = (lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
-    return jnp.where(row + column == size - 1, 1, 0).astype(dtype)
-
-
-def unskew(layout: Layout, by_key: Float[Array, "tile window"]) -> Float[Array, "tile table"]:
-    """Transpose of the skew: gradients by distance, rows reversed, from those by key.
-
-    The hardware moves rows to the right only: reversed rows make of the needed move to the left one to the right.
-    """
-    tile, window = layout.tile, layout.window
-    reversed_rows = multiply(reversal(tile, by_key.dtype), by_key)
-    # Row p moves left by p + shift: the reversed row r = tile - 1 - p moves right by r - (tile - 1) - shift.
-    right = (-(tile - 1) - (layout.before - layout.left)) % window
-    moved = pltpu.roll(reversed_rows, right, 1, stride=1, stride_axis=0)
-    wrapped = _wrapped(layout, reverse=True)
-    far_left = jnp.where(wrapped, moved, 0).sum(1, keepdims=True)
-    moved = jnp.where(wrapped, 0, moved)
-    near, last = moved[:, : layout.table], layout.left + layout.right
-    lane = lax.broadcasted_iota(jnp.int32, near.shape, 1)
-    near += jnp.where(lane == 0, far_left, 0)
-    if window > layout.table:
-        near += jnp.where(lane == last, moved[:, layout.table :].sum(1, keepdims=True), 0)
-    return near
+        keys = first_key + lax.broadcasted_iota(jnp.int32, (1, self.tile), 1)
+        return jnp.concatenate([kept(seed, queries, keys, self.dropout_rate) for seed in seeds])
