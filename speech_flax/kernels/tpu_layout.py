@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from speech_flax.kernels.dropout import kept
 
-#: Where a tile of keys lies, as seen from a tile of queries; ``NEAR`` is in the window, or anywhere without relative keys.
+#: Where a tile of keys lies, as seen from one of queries; ``NEAR`` is in the window, or anywhere without relative keys.
 NEAR, LEFT, RIGHT = 0, 1, 2
 
 
