@@ -10,6 +10,7 @@ import os
 import re
 import tempfile
 import time
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -40,8 +41,19 @@ class CompiledStep:
     cycles: dict[str, int] | None
 
 
-def compile_step(experiment: Experiment, slice_: Slice, shape: BucketShape, *, machine_code: bool) -> CompiledStep:
+def compile_step(
+    experiment: Experiment,
+    slice_: Slice,
+    shape: BucketShape,
+    *,
+    machine_code: bool,
+    compiler: Callable[..., None] | None = None,
+) -> CompiledStep:
     """Compile the training step of one shape of batch.
+
+    Args:
+        machine_code: Go on to the end, and count cycles.
+        compiler: What the other process runs, :func:`compile_here` after changes of its own, to compare formulations.
 
     Raises:
         StepCompilerError: when the compiler refuses the program for another reason than its size, or crashes.
@@ -49,7 +61,9 @@ def compile_step(experiment: Experiment, slice_: Slice, shape: BucketShape, *, m
     with tempfile.TemporaryDirectory(prefix="speech_flax_preflight") as name:
         directory = Path(name)
         arguments = (experiment, slice_, shape, directory, machine_code)
-        process = multiprocessing.get_context("spawn").Process(target=_compile, args=arguments, daemon=True)
+        process = multiprocessing.get_context("spawn").Process(
+            target=compiler or compile_here, args=arguments, daemon=True
+        )
         process.start()
         try:
             program = _await_program(process, directory, machine_code)
@@ -63,7 +77,7 @@ def compile_step(experiment: Experiment, slice_: Slice, shape: BucketShape, *, m
         return CompiledStep(program.read_text(), peak, cycles)
 
 
-def _compile(
+def compile_here(
     experiment: Experiment, slice_: Slice, shape: BucketShape, directory: Path, machine_code: bool
 ) -> None:  # fmt: skip
     """What the process does: compile, and leave what comes out, or an error, in ``directory``."""
