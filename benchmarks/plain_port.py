@@ -1,4 +1,4 @@
-"""The training step of w2v-bert-2.0 on a TPU slice beside a plain port of it, by the same static estimate, without a TPU.
+"""The training step of w2v-bert-2.0 on a TPU slice beside a plain port of it, by the same static estimate.
 
     python benchmarks/plain_port.py [--slice v5e:4x4] [--rows 12] [--port-rows 16] [--layers 24]
 
@@ -90,12 +90,10 @@ def main() -> None:
     parser.add_argument("--port-rows", type=int, default=16, help="clips per chip of the plain port's step")
     parser.add_argument("--layers", type=int, default=24, help="of the model; fewer for a trial")
     arguments = parser.parse_args()
-    chips = parse_slice(arguments.slice).num_chips
-    ours = measure(arguments.slice, arguments.rows, arguments.layers, "dots", MeshSettings(data=1, fsdp=chips))
+    chips, layers = parse_slice(arguments.slice).num_chips, arguments.layers
+    ours = measure(arguments.slice, arguments.rows, layers, "dots", MeshSettings(data=1, fsdp=chips))
     print("this library", {key: round(value, 3) for key, value in ours.items()}, flush=True)
-    port = measure(
-        arguments.slice, arguments.port_rows, arguments.layers, "full", MeshSettings(data=chips), compile_port
-    )
+    port = measure(arguments.slice, arguments.port_rows, layers, "full", MeshSettings(data=chips), compile_port)
     print("plain port", {key: round(value, 3) for key, value in port.items()})
     print(f"speed: {port['ms per row'] / ours['ms per row']:.2f} times that of the plain port")
 
