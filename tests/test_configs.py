@@ -217,6 +217,19 @@ def test_shipped_experiments_fit_the_slice_that_they_name_and_take_the_hours_tha
     assert experiment.steps * step_hours(experiment, slice_name) == pytest.approx(said, rel=0.1)
 
 
+@pytest.mark.tpu
+def test_preflight_of_what_does_not_fit_says_by_how_much_and_fails(capsys):
+    config = ["--config", "configs/finetune_w2v_bert.yaml", "--preflight", "v5e:2x4", "--json=true"]
+    changes = ["--model.remat=none", "--data.batch_seconds=1280", "--data.num_buckets=1"]
+    assert main(["train", *config, *changes]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert not report["fits"] and report["hours"] is None
+    (bucket,) = report["buckets"]
+    assert bucket["memory"]["peak"] > bucket["memory"]["usable"] > 15 * 2**30
+    advice = " ".join(report["advice"])
+    assert "GiB more than there are" in advice and "model.remat full" in advice and "mesh.fsdp 8" in advice
+
+
 class TestBase:
     """The key ``base`` of a configuration file."""
 

@@ -95,6 +95,22 @@ def test_numbers_of_a_step_are_looked_at_after_the_next_was_dispatched():
     progress.close()
 
 
+def test_time_that_remains_counts_the_evaluations_to_come_and_ends_at_zero():
+    clock, log = Clock(), KeptLog()
+    with clock.spending("evaluation"):
+        time.sleep(0.2)
+    progress = Progress(
+        steps=4, first_step=0, plan=make_plan(), log=log, learning_rate=lambda step: 0.1, log_every=1,
+        evaluate_every=2, clock=clock,
+    )  # fmt: skip
+    for step in range(1, 5):
+        progress.add(step, metrics(1.0))
+    progress.settle()
+    progress.close()
+    remaining = [values["speed/remaining_seconds"] for _, values in log.written]
+    assert remaining[0] >= 0.2 and remaining[-1] == 0, "one evaluation follows step 2, and none of training's the last"
+
+
 def test_most_memory_of_any_device_is_logged_where_the_platform_tells(monkeypatch):
     def devices(*peaks: int | None) -> list[types.SimpleNamespace]:
         statistics = [None if peak is None else {"bytes_in_use": 1, "peak_bytes_in_use": peak} for peak in peaks]

@@ -59,8 +59,8 @@ class Progress:
         self._window: list[tuple[StepMetrics, float]] = []
         self._reported = self._fetched = self._now()
         quiet = True if jax.process_index() else None  # None: only on a terminal
-        self._bar = tqdm(total=steps, initial=first_step, unit="step", disable=quiet, dynamic_ncols=True, smoothing=0.1)
-        self._bar.bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+        shown = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+        self._bar = tqdm(total=steps, initial=first_step, bar_format=shown, disable=quiet, dynamic_ncols=True)
 
     def add(self, step: int, metrics: StepMetrics) -> tuple[int, StepMetrics] | None:
         """Note the metrics of a dispatched ``step``; returns the step before and its metrics, which have arrived."""
@@ -136,7 +136,8 @@ class Progress:
         seconds = self._estimate.seconds(self._plan.batches_between(step, self._bar.total))
         if seconds is None or self._evaluate_every is None:
             return seconds
-        evaluations = (self._bar.total - 1) // self._evaluate_every - step // self._evaluate_every
+        # None follows the last step: what is scored then is not training's.
+        evaluations = max(0, (self._bar.total - 1) // self._evaluate_every - step // self._evaluate_every)
         return seconds + evaluations * self._clock.mean("evaluation")
 
     def write(self, step: int, values: dict[str, Any]) -> None:
