@@ -53,6 +53,10 @@ MODELS = {
         {**WAV2VEC2_BERT, **ADAPTER, "position_embeddings_type": "rotary"},
     ),
     "w2v-bert adapter": ("Wav2Vec2BertModel", {**WAV2VEC2_BERT, **ADAPTER, "output_hidden_size": 16}),
+    "w2v-bert wide adapter": (
+        "Wav2Vec2BertModel",
+        {**WAV2VEC2_BERT, "add_adapter": True, "adapter_kernel_size": 8, "adapter_stride": 8},
+    ),
     "w2v-bert sequence": (
         "Wav2Vec2BertForSequenceClassification",
         {**WAV2VEC2_BERT, "use_weighted_layer_sum": True, "num_labels": 4},

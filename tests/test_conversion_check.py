@@ -75,6 +75,12 @@ def test_bfloat16_has_a_tolerance_of_its_own(ctc, capsys):
     assert "verdict: the same; tolerance: l2 0.02\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("option", [["--gradients"], ["--dtype", "bfloat16"], ["--audio", "a.wav"]])
+def test_options_of_a_comparison_without_one_are_refused(ctc, option):
+    with pytest.raises(ValueError, match=f"{option[0]} says how to compare: add --check"):
+        main([str(ctc / "model"), *option])
+
+
 def test_a_reference_of_something_else_is_refused(ctc, tmp_path):
     write_transformers(random_model("w2v-bert"), tmp_path / "other", "safetensors")
     with pytest.raises(ValueError, match="is the reference of a Wav2Vec2BertForCTC, not of a Wav2Vec2BertModel"):

@@ -145,12 +145,31 @@ def test_released_w2v_bert_is_read(tmp_path, capsys):
     assert transformers.AutoFeatureExtractor.from_pretrained(tmp_path / "ours").padding_value == 1
 
 
-@pytest.mark.parametrize("name", ["w2v-bert", "w2v-bert relative", "w2v-bert adapter"])
+@pytest.mark.parametrize("name", ["w2v-bert", "w2v-bert relative", "w2v-bert adapter", "w2v-bert wide adapter"])
 def test_w2v_bert_of_fairseq2_is_read(tmp_path, name):
     model = random_model(name)
     fairseq2_file(model, tmp_path / "model.pt")
     assert main([str(tmp_path / "model.pt"), str(tmp_path / "ours")]) == 0
     assert_transformers_loads(tmp_path / "ours", tensors_of(model))
+    found = transformers.AutoConfig.from_pretrained(tmp_path / "ours")
+    assert (found.adapter_kernel_size, found.adapter_stride) == (
+        model.config.adapter_kernel_size,
+        model.config.adapter_stride,
+    )
+
+
+def test_the_stride_of_an_adapter_that_nobody_published_is_not_guessed(tmp_path, capsys):
+    fairseq2_file(random_model("w2v-bert adapter"), tmp_path / "model.pt")
+    content = torch.load(tmp_path / "model.pt")
+    weights = content["model"]
+    for name in weights:
+        if name.endswith("_conv.weight") and "adaptor" in name:
+            weights[name] = torch.zeros(*weights[name].shape[:2], 5)
+    torch.save(content, tmp_path / "model.pt")
+    assert main([str(tmp_path / "model.pt"), str(tmp_path / "ours")]) == 1
+    message = "the file does not say adapter_stride, and nothing usual fits its shapes"
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "ours").exists()
 
 
 def test_a_head_of_s3prl_is_put_on_its_model(tmp_path, capsys):

@@ -5,11 +5,13 @@ import json
 import os
 import pickle
 import re
+import shutil
 import struct
 from pathlib import Path
 
 import h5py
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import torch
 from conversion_fixtures import fairseq_file, random_model, write_transformers
@@ -20,10 +22,12 @@ from safetensors.numpy import save_file
 from speech_flax import cli
 from speech_flax.conversion import convert as conversion
 from speech_flax.conversion.command import main
+from speech_flax.conversion.orbax_directory import read_orbax_directory, write_orbax_directory
 from speech_flax.conversion.safetensors_file import read_safetensors, write_safetensors
 from speech_flax.conversion.source import open_source
-from speech_flax.conversion.stored_tensor import CheckpointFileError
+from speech_flax.conversion.stored_tensor import CheckpointFileError, StoredTensor
 from speech_flax.conversion.torch_file import load_torch_file
+from speech_flax.conversion.tree import flat
 
 
 class Bomb:
@@ -174,6 +178,64 @@ def test_data_that_an_hdf5_file_keeps_elsewhere_is_refused(tmp_path):
     assert not open_source(tmp_path / "other.h5").tensors
 
 
+ORBAX_LEAVES = {
+    "masked_spec_embed": np.arange(300, dtype=np.float32),
+    "encoder/layers/ffn1/output_dense/kernel": np.arange(3 * 20 * 30, dtype=np.float16).reshape(3, 20, 30),
+}
+
+
+@pytest.fixture(scope="module")
+def orbax_checkpoint(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("orbax")
+    leaves = {path: StoredTensor(leaf.shape, leaf.dtype, lambda leaf=leaf: leaf) for path, leaf in ORBAX_LEAVES.items()}
+    write_orbax_directory(directory, leaves)
+    (directory / "config.json").write_text(json.dumps({"model_type": "hubert"}))
+    return directory
+
+
+def read_all(directory: Path) -> dict[str, np.ndarray]:
+    return {name: tensor.read() for name, tensor in read_orbax_directory(directory).items()}
+
+
+def test_layers_of_an_orbax_checkpoint_are_read_one_by_one(orbax_checkpoint):
+    found = read_all(orbax_checkpoint)
+    path, stacked = list(ORBAX_LEAVES.items())[1]
+    np.testing.assert_array_equal(found.pop("masked_spec_embed"), ORBAX_LEAVES["masked_spec_embed"])
+    assert list(found) == [f"{path}[{layer}]" for layer in range(3)]
+    for layer, tensor in enumerate(found.values()):
+        assert tensor.dtype == np.float16
+        np.testing.assert_array_equal(tensor, stacked[layer])
+
+
+def test_orbax_restores_what_is_written_for_it(orbax_checkpoint):
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        found = flat(checkpointer.restore(orbax_checkpoint / "params"))
+    assert set(found) == set(ORBAX_LEAVES)
+    for path, leaf in ORBAX_LEAVES.items():
+        assert found[path].dtype == leaf.dtype
+        np.testing.assert_array_equal(found[path], leaf)
+
+
+@pytest.mark.parametrize("pattern", ["params/manifest.ocdbt", "params/d/*", "params/*/d/*"])
+@pytest.mark.parametrize("keep", [None, 0.0, 0.7])
+def test_damaged_orbax_checkpoints_are_one_sentence(orbax_checkpoint, tmp_path, pattern, keep, capsys):
+    damaged = shutil.copytree(orbax_checkpoint, tmp_path / "damaged")
+    files = list(damaged.glob(pattern))
+    assert files
+    for file in files:
+        content = file.read_bytes()
+        file.unlink()
+        if keep is not None:
+            file.write_bytes(content[: int(len(content) * keep)])
+    with pytest.raises(CheckpointFileError) as raised:
+        read_all(damaged)
+    assert str(damaged / "params") in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert cli.main(["convert", str(damaged), str(tmp_path / "ours")]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+    assert not (tmp_path / "ours").exists()
+
+
 class Interrupted(BaseException):
     """Stands for whatever may end a program."""
 
@@ -269,6 +331,22 @@ def test_any_damage_is_read_or_refused(tmp_path, valid_files, name, changes, kee
             tensor.read()
     except (CheckpointFileError, conversion.ConversionError):
         pass
+
+
+@settings(FUZZ, max_examples=30)
+@given(changes=CHANGES, choice=st.floats(0, 1, exclude_max=True), keep=st.floats(0.2, 1.0) | st.just(1.0))
+def test_any_damage_of_an_orbax_checkpoint_is_read_or_refused(
+    tmp_path_factory, orbax_checkpoint, changes, choice, keep
+):
+    damaged = shutil.copytree(orbax_checkpoint, tmp_path_factory.mktemp("damaged") / "x")
+    files = sorted(path for path in damaged.rglob("*") if path.is_file())
+    file = files[int(choice * len(files))]
+    content = _flipped(file.read_bytes(), changes)
+    file.write_bytes(content[: int(len(content) * keep)])
+    with contextlib.suppress(CheckpointFileError, conversion.ConversionError):
+        conversion.plan(open_source(damaged))
+    with contextlib.suppress(CheckpointFileError):
+        read_all(damaged)
 
 
 @FUZZ

@@ -46,10 +46,11 @@ def parser() -> argparse.ArgumentParser:
         "transcript and CTC loss. The exit code is 1 if they differ by more than the tolerance, which is printed.",
     )
     evidence.add_argument("--gradients", action="store_true", help="Compare the gradient of every parameter too.")
-    evidence.add_argument(
+    stored = evidence.add_mutually_exclusive_group()
+    stored.add_argument(
         "--write-reference", metavar="FILE", help="Keep what PyTorch computes, to compare on a machine without it."
     )
-    evidence.add_argument("--reference", metavar="FILE", help="Compare with such a file instead of running PyTorch.")
+    stored.add_argument("--reference", metavar="FILE", help="Compare with such a file instead of running PyTorch.")
     evidence.add_argument("--audio", metavar="FILE", nargs="+", help="Recordings to compare on; else synthetic ones.")
     evidence.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="Computation type of our side."
@@ -73,8 +74,16 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; the exit code is 0, 1 where something does not fit or differs too much, or that of a signal."""
+    """Run the command; the exit code is 0, 1 where something does not fit or differs too much, or that of a signal.
+
+    Raises:
+      ValueError: options that do not go together, or a source that cannot be read; likewise OSError and ImportError.
+    """
     options = parser().parse_args(arguments)
+    compares = bool(options.check or options.reference or options.write_reference)
+    for name in ("gradients", "audio", "dtype", "precision", "report"):
+        if not compares and getattr(options, name) != parser().get_default(name):
+            raise ValueError(f"--{name} says how to compare: add --check, --reference FILE or --write-reference FILE")
     try:
         with interruptible():
             return _run(options)
@@ -95,6 +104,8 @@ def _run(options: argparse.Namespace) -> int:
     if options.destination is not None:
         convert(planned, Path(options.destination), options.to)
         print(f"written: {options.destination}")
+    else:
+        print("every tensor has its place")
     passed = True
     if options.check or options.reference or options.write_reference:
         passed &= _check(planned, options)
@@ -143,6 +154,7 @@ def _check(planned: Plan, options: argparse.Namespace) -> bool:
                 print(f"written: {file}")
             if not options.check:
                 return True
+        print("computing with this library")
         evidence = check(
             checked.module,
             parameters(checked),
@@ -174,6 +186,7 @@ def _write_reference(planned: Plan, options: argparse.Namespace, file: Path, asi
             convert(planned, aside)
             directory = aside
         print("note: Transformers cannot read this source; its side runs on the converted weights")
+    print("computing with Transformers and PyTorch")
     write_reference(file, directory, planned.config, waveforms, gradients=options.gradients)
 
 

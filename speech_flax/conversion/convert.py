@@ -5,7 +5,7 @@ import dataclasses
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -164,7 +164,8 @@ def _problems(matching: Matching, table: NameTable) -> Iterator[str]:
         yield f"{name} has the shape {list(ours)} (as laid out here), {place} needs {list(expected)}"
     for place, name in wanted.items():
         if not _is_mask_embedding(place):
-            yield f"{place} is filled by nothing; it would be called {name}{nearest(name, left_over)}"
+            called = "" if name == place else f"; it would be called {name}"
+            yield f"{place} is filled by nothing{called}{nearest(name, left_over)}"
 
 
 def _remarks(matching: Matching) -> Iterator[str]:
@@ -250,29 +251,21 @@ def _write_transformers(plan: Plan, directory: Path, check: Callable[[], None]) 
         name: (shape, _dtype(plan, place)) for name, (place, _, shape) in names.items()
     }
     layout |= {name: (value.shape, value.dtype) for name, value in constants.items()}
+    with _progress_bar(plan) as bar:
 
-    def tensors() -> Iterator[np.ndarray]:
-        for place, transform, _ in _with_progress(names.values(), layout, len(names)):
-            check()
-            yield transform.to_theirs(_read(plan, place, new))
-        yield from constants.values()
+        def tensors() -> Iterator[np.ndarray]:
+            for place, transform, _ in names.values():
+                check()
+                tensor = transform.to_theirs(_read(plan, place, new))
+                yield tensor
+                bar.update(tensor.nbytes)
+            yield from constants.values()
 
-    write_safetensors(directory / SAFETENSORS, layout, tensors(), {"format": "pt"})
-
-
-def _with_progress(items: Iterable, layout: Mapping[str, tuple[Sequence[int], np.dtype]], count: int) -> Iterator:
-    """``items``, with a bar that counts the bytes of the first ``count`` tensors of ``layout`` as they go by."""
-    sizes = [int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for shape, dtype in layout.values()][:count]
-    with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="converting", disable=None, leave=False) as bar:
-        for item, size in zip(items, sizes, strict=True):
-            yield item
-            bar.update(size)
+        write_safetensors(directory / SAFETENSORS, layout, tensors(), {"format": "pt"})
 
 
 def _write_orbax(plan: Plan, directory: Path, check: Callable[[], None]) -> None:
-    leaves = _leaves(plan)
-    sizes = sum(int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize for leaf in leaves.values())
-    with tqdm(total=sizes, unit="B", unit_scale=True, desc="converting", disable=None, leave=False) as bar:
+    with _progress_bar(plan) as bar:
 
         def counted(leaf: StoredTensor) -> np.ndarray:
             check()  # orbax's threads have nothing in hand at this moment
@@ -280,8 +273,15 @@ def _write_orbax(plan: Plan, directory: Path, check: Callable[[], None]) -> None
             bar.update(value.nbytes)
             return value
 
+        leaves = _leaves(plan)
         counting = {path: dataclasses.replace(leaf, read=partial(counted, leaf)) for path, leaf in leaves.items()}
         write_orbax_directory(directory, counting)
+
+
+def _progress_bar(plan: Plan) -> tqdm:
+    """Counts the bytes of all parameters; seen on a terminal alone."""
+    total = sum(leaf.nbytes for leaf in _leaves(plan).values())
+    return tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=None, leave=False)
 
 
 def parameters(plan: Plan) -> PyTree:

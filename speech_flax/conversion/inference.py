@@ -8,6 +8,8 @@ from speech_flax.configuration import HubertConfig, SpeechConfig, Wav2Vec2BertCo
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+#: Stride by kernel size of the adapters that were published: w2v-BERT 2.0 of fairseq2, and SeamlessM4T.
+_USUAL_ADAPTER_STRIDES = {3: 2, 8: 8}
 _ACTIVATION_NAMES = {"gelu": "gelu", "relu": "relu", "swish": "swish"}
 
 
@@ -92,7 +94,7 @@ def _wav2vec2_bert(shapes: Shapes, settings: dict[str, Any]) -> tuple[SpeechConf
         kernels = [path for path in shapes if path.startswith("adapter/") and path.endswith("residual_conv/kernel")]
         width, output, _ = shapes["adapter/layers_0/residual_conv/kernel"]
         fields |= {"add_adapter": True, "num_adapter_layers": len(kernels), "adapter_kernel_size": width}
-        stride = assumptions.take("adapter_stride", 2 if width <= 3 else width)  # 8 and 8 in SeamlessM4T v2
+        stride = assumptions.take("adapter_stride", _USUAL_ADAPTER_STRIDES.get(width))
         fields |= {"output_hidden_size": output, "adapter_stride": stride}
         fields["use_intermediate_ffn_before_adapter"] = "intermediate_ffn/intermediate_dense/kernel" in shapes
     fields |= _head_fields(shapes) | _time_delay_fields(shapes, assumptions)

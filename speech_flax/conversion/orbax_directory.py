@@ -1,17 +1,19 @@
 """Parameters as an orbax checkpoint: ``config.json`` and ``params/``, encoder layers stacked."""
 
-from collections.abc import Mapping
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from speech_flax.conversion.rules import Place
 from speech_flax.conversion.stored_tensor import CheckpointFileError, StoredTensor
-from speech_flax.conversion.tree import flat, leaf_places, nested
+from speech_flax.conversion.tree import is_stacked, leaf_places, nested
 
 _PARAMS = "params"
+_ARRAY = "/.zarray"  # the key that every array has
 
 
 def is_orbax_directory(directory: Path) -> bool:
@@ -23,7 +25,8 @@ def write_orbax_directory(directory: Path, leaves: Mapping[str, StoredTensor]) -
     """Write the leaves of a tree by path below ``directory``, with the types that they have.
 
     orbax wants whole trees and keeps two more copies of them while it writes. Handed one leaf after the other, it needs
-    memory for the largest alone. Weights are hardly smaller when they are compressed, which takes longer than the disk.
+    memory for the largest alone. Each encoder layer is a chunk of its own, so that it can be read by itself. Weights
+    are hardly smaller when they are compressed, which takes longer than the disk.
     """
     import orbax.checkpoint as ocp
 
@@ -38,58 +41,56 @@ def write_orbax_directory(directory: Path, leaves: Mapping[str, StoredTensor]) -
 
     registry = ocp.type_handlers.create_type_handler_registry((StoredTensor, LeafByLeaf(deepcopy_host_arrays=False)))
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
+    chunks = {path: ocp.SaveArgs(shard_axes=(0,) if is_stacked(path) else ()) for path in leaves}
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(directory.resolve() / _PARAMS, args=ocp.args.PyTreeSave(nested(leaves)))
+        arguments = ocp.args.PyTreeSave(nested(leaves), save_args=nested(chunks))
+        checkpointer.save(directory.resolve() / _PARAMS, args=arguments)
 
 
 def read_orbax_directory(directory: Path) -> dict[str, StoredTensor]:
-    """The tensors by path and encoder layer; each leaf is read on its own.
+    """The tensors by path and encoder layer, each read on its own.
+
+    orbax itself restores nothing smaller than a leaf. What it writes are Zarr arrays in a key-value store of
+    tensorstore, under the names that lead to a leaf, joined with dots.
 
     Raises:
       CheckpointFileError: the checkpoint is damaged or no tree of arrays.
     """
-    import orbax.checkpoint as ocp
+    import tensorstore
 
-    leaves: dict[str, np.ndarray] = {}  # the one that was read last: its layers are asked for one after the other
+    params = directory.resolve() / _PARAMS
+    store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{params}/"}}
 
-    def read(place: Place) -> np.ndarray:
-        if place.path not in leaves:
-            leaves.clear()
-            leaves[place.path] = _read_leaf(directory, place.path)
-        return leaves[place.path] if place.layer is None else leaves[place.path][place.layer]
+    def opened(name: str) -> Any:
+        array = {"driver": "zarr", "kvstore": {**store, "path": f"{name}/"}, "fill_missing_data_reads": False}
+        return tensorstore.open(array, open=True, read=True).result()
 
-    try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            metadata = flat(checkpointer.metadata(directory.resolve() / _PARAMS).item_metadata.tree)
+    def read(name: str, leaf: Any, layer: int | None) -> np.ndarray:
+        with _damage_named(params, name):
+            return (leaf if layer is None else leaf[layer]).read().result()
+
+    with _damage_named(params):
+        keys = [key.decode() for key in tensorstore.KvStore.open(store).result().list().result()]
+        leaves = {key.removesuffix(_ARRAY): opened(key.removesuffix(_ARRAY)) for key in keys if key.endswith(_ARRAY)}
+        if not leaves:
+            raise ValueError("there are no arrays in it")
         return {
             str(place): StoredTensor(
-                tuple(leaf.shape[place.layer is not None :]), np.dtype(leaf.dtype), partial(read, place)
+                tuple(leaf.shape[place.layer is not None :]),
+                leaf.dtype.numpy_dtype,
+                partial(read, name, leaf, place.layer),
             )
-            for path, leaf in metadata.items()
-            for place in leaf_places(path, leaf.shape)
+            for name, leaf in leaves.items()
+            for place in leaf_places(name.replace(".", "/"), leaf.shape)
         }
-    except Exception as error:  # orbax raises whatever fits the place where the damage was noticed
-        raise CheckpointFileError(
-            f"{directory / _PARAMS} is damaged or no orbax checkpoint: {_reason(error)}"
-        ) from None
 
 
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _read_leaf(directory: Path, path: str) -> np.ndarray:
-    import orbax.checkpoint as ocp
-
-    arguments = ocp.args.PyTreeRestore(
-        item=nested({path: 0}),
-        restore_args=nested({path: ocp.RestoreArgs(restore_type=np.ndarray)}),
-        partial_restore=True,
-    )
+@contextlib.contextmanager
+def _damage_named(params: Path, name: str | None = None) -> Iterator[None]:
+    """tensorstore raises whatever fits the place where damage was noticed."""
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            return flat(checkpointer.restore(directory.resolve() / _PARAMS, args=arguments))[path]
+        yield
     except Exception as error:
-        raise CheckpointFileError(
-            f"{directory / _PARAMS} is damaged: {path} cannot be read: {_reason(error)}"
-        ) from None
+        what = "is damaged or no orbax checkpoint" if name is None else f"is damaged: {name} cannot be read"
+        reason = re.split(r" \[|\n", str(error))[0] or type(error).__name__
+        raise CheckpointFileError(f"{params} {what}: {reason}") from None

@@ -9,6 +9,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,7 @@ def write_safetensors(
     tensors: Iterable[np.ndarray],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a file, taking one tensor after the other.
+    """Write a file, taking one tensor after the other; while one is written, the next is read and laid out.
 
     Args:
       path: The file; an existing one is overwritten.
@@ -157,8 +158,8 @@ def write_safetensors(
         position += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the tensors start at a multiple of eight bytes
-    with Path(path).open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+    with Path(path).open("wb") as file, ThreadPoolExecutor(1) as writer:
+        written = writer.submit(file.write, len(text).to_bytes(8, "little") + text)
         for (name, (shape, dtype)), tensor in zip(layout.items(), tensors, strict=True):
             if tuple(tensor.shape) != tuple(shape):
                 raise ValueError(f"{name!r} has the shape {tuple(tensor.shape)}, not {tuple(shape)}")
@@ -166,6 +167,8 @@ def write_safetensors(
                 laid_out = np.empty(shape, dtype)
                 copy_tensor(tensor, laid_out)
                 tensor = laid_out
-            file.write(tensor.reshape(-1).view(np.uint8).data)
+            written.result()
+            written = writer.submit(file.write, tensor.reshape(-1).view(np.uint8).data)
+        written.result()
         file.flush()
         os.fsync(file.fileno())

@@ -1,6 +1,7 @@
 """Tensors in files: their names and shapes are known before any of them is read."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -25,6 +26,10 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def copy_tensor(source: np.ndarray, target: np.ndarray) -> None:

@@ -1,5 +1,6 @@
 """Measure every variant and write ``docs/parity.md``: ``PYTHONPATH=tests python -m parity.write_table``."""
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,13 +29,25 @@ Transformers 4.37.2 means its stored results (`tests/parity/references`, gradien
 {transformers.__version__} ran beside us. Written by `PYTHONPATH=tests python -m parity.write_table`.
 """
 
+FULL_SIZE = """
+## Full size
+
+Models of the published sizes with random weights and a CTC head, in float32 on a CPU, two utterances of different
+lengths: `python convert_torch_weights.py MODEL --check --gradients`. *Activation* is the largest error of any value in
+any hidden state or in the logits, over the root mean square of that layer (limit 0.0001); *gradient* the largest norm
+of an error over the norm of the gradient of that parameter (limit 0.001).
+
+| model | against | activation | loss, relative | parameters | gradient |
+|---|---|---|---|---|---|
+"""
+
 COLUMNS = (
     "| variant | 4.37.2: forward | loss | gradient | {0}: forward | loss | gradient |\n|---|---|---|---|---|---|---|\n"
 )
 
 
 def main() -> None:
-    text, model = HEAD, None
+    text, model = HEAD + full_size(), None
     for variant in VARIANTS:
         if variant.model != model:
             model = variant.model
@@ -44,6 +57,21 @@ def main() -> None:
         print(f"{variant.id}: {' '.join(cells)}", flush=True)
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(text, encoding="utf-8")
+
+
+def full_size() -> str:
+    """The table of the stored reports of full-size models."""
+    rows = []
+    for path in sorted(PAGE.parent.glob("parity/*/parity.json")):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        errors = {row["name"]: row["relative"] for row in report["rows"]}
+        activation = max(error for name, error in errors.items() if name not in ("inputs", "loss"))
+        gradient = max(row["l2"] for row in report["gradients"])
+        model = f"[{path.parent.name}]({path.relative_to(PAGE.parent)})"
+        versions = ", ".join(f"{name} {version}" for name, version in report["reference"].items())
+        measured = f"{activation:.0e} | {errors['loss']:.0e} | {len(report['gradients'])} | {gradient:.0e}"
+        rows.append(f"| {model} | {versions} | {measured} |\n")
+    return FULL_SIZE + "".join(rows)
 
 
 def _measure(variant: Variant) -> Iterator[list[Differences]]:
