@@ -159,19 +159,30 @@ def prepare_ours(case: Case) -> Callable[[], Any]:
         logits, *others = (jnp.asarray(array) for array in ctc_inputs(case))
         program = jax.jit(jax.value_and_grad(lambda logits: ctc_loss(logits, *others)[0].sum()))
         return lambda: jax.block_until_ready(program(logits))
-    return _our_model(case)
+    module, abstract = our_model(case)
+    params = random_parameters(abstract)
+    given = {name: jnp.asarray(array) for name, array in inputs(case).items()}
+    return our_run(case, lower_ours(case, module, params, given).compile(), params, given)
 
 
-def _our_model(case: Case) -> Callable[[], Any]:
+def our_model(case: Case, scan_unroll: int = 1) -> tuple[Any, Any]:
+    """This library's module for a case, and its parameters as shapes."""
     import jax
-    import jax.numpy as jnp
 
     from speech_flax import HubertConfig, HubertForCTC, Wav2Vec2BertConfig, Wav2Vec2BertForCTC
     from speech_flax.pretrained import example_input
 
     hubert = case.model.startswith("hubert")
     config = (HubertConfig if hubert else Wav2Vec2BertConfig).from_dict(model_settings(case))
-    module = (HubertForCTC if hubert else Wav2Vec2BertForCTC)(config)
+    module = (HubertForCTC if hubert else Wav2Vec2BertForCTC)(config, scan_unroll=scan_unroll)
+    return module, jax.eval_shape(module.init, jax.random.key(0), example_input(config))["params"]
+
+
+def random_parameters(abstract: Any) -> Any:
+    """Parameters of these shapes; scales of norms are about 1."""
+    import jax
+    import jax.numpy as jnp
+
     random = np.random.default_rng(0)
 
     def random_leaf(path: tuple, leaf: Any) -> jax.Array:
@@ -181,21 +192,31 @@ def _our_model(case: Case) -> Callable[[], Any]:
             values += 1
         return jnp.asarray(values)
 
-    abstract = jax.eval_shape(module.init, jax.random.key(0), example_input(config))["params"]
-    params = jax.tree_util.tree_map_with_path(random_leaf, abstract)
-    given = {name: jnp.asarray(array) for name, array in inputs(case).items()}
+    return jax.tree_util.tree_map_with_path(random_leaf, abstract)
+
+
+def lower_ours(case: Case, module: Any, params: Any, given: dict[str, Any]) -> Any:
+    """The lowered program of parameters, inputs and, in training, a random key; both may be shapes."""
+    import jax
+
     if case.kind == "forward":
-        forward = jax.jit(lambda params, given: module.apply({"params": params}, **given).logits)
-        program = forward.lower(params, given).compile()
-        return lambda: jax.block_until_ready(program(params, given))
+        return jax.jit(lambda params, given: module.apply({"params": params}, **given).logits).lower(params, given)
 
     def loss(params: Any, given: dict, key: jax.Array) -> jax.Array:
         rngs = {name: jax.random.fold_in(key, index) for index, name in enumerate(("dropout", "spec_augment"))}
         return module.apply({"params": params}, **given, deterministic=False, rngs=rngs).loss
 
-    training = jax.jit(jax.value_and_grad(loss)).lower(params, given, jax.random.key(0)).compile()
+    return jax.jit(jax.value_and_grad(loss)).lower(params, given, jax.random.key(0))
+
+
+def our_run(case: Case, program: Any, params: Any, given: dict[str, Any]) -> Callable[[], Any]:
+    """A function of nothing that runs the compiled program, every time with another key."""
+    import jax
+
+    if case.kind == "forward":
+        return lambda: jax.block_until_ready(program(params, given))
     keys = iter(jax.random.split(jax.random.key(0), 10_000))
-    return lambda: jax.block_until_ready(training(params, given, next(keys)))
+    return lambda: jax.block_until_ready(program(params, given, next(keys)))
 
 
 def prepare(side: str, case: Case) -> tuple[Callable[[], Any], int]:

@@ -1,10 +1,14 @@
 """Attention and its positions against literal definitions, and the mask of its dropout."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from speech_flax import Wav2Vec2BertConfig, Wav2Vec2BertForCTC
 from speech_flax.kernels.dropout import head_seeds, kept
 from speech_flax.kernels.positions import RelativeKey
 from speech_flax.layers.attention import attention
@@ -96,3 +100,23 @@ def test_long_inputs_in_blocks_equal_short_ones_whole():
 
     # Both sum a thousand float32 products per value, in different orders.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), run(True), run(False))
+
+
+def test_no_array_of_all_queries_and_keys_exists_in_a_training_step_of_scanned_layers():
+    """Nor one of masks, which a scan over layers would find to be the same for all layers and keep."""
+    config = Wav2Vec2BertConfig(
+        vocab_size=8, hidden_size=8, num_attention_heads=2, intermediate_size=8, num_hidden_layers=2, layerdrop=0.0
+    )
+    model = Wav2Vec2BertForCTC(config)
+    frames = 1200
+    features, labels = jnp.zeros((1, frames, 160)), jnp.ones((1, 4), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), features)["params"]
+
+    def loss(params, key):
+        rngs = {"dropout": key, "spec_augment": key, "layer_drop": key}
+        return model.apply({"params": params}, features, labels=labels, deterministic=False, rngs=rngs).loss
+
+    text = jax.jit(jax.value_and_grad(loss)).lower(params, jax.random.key(0)).as_text()
+    sizes = [math.prod(map(int, shape.split("x")[:-1])) for shape in set(re.findall(r"tensor<((?:\d+x)+\w+)>", text))]
+    assert frames * 160 in sizes
+    assert max(sizes) < frames**2

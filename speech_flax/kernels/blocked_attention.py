@@ -53,7 +53,9 @@ class BlockedAttention:
         keys, values, mask = self._padded(key, value, mask, queries, embeddings)
 
         def step(_: None, block: tuple[Array, Block]) -> tuple[None, tuple[Array, Array]]:
-            first, query = block
+            # What depends on a block's number alone, masks of its scores, a scan over layers would find to be the same
+            # for all layers, and keep for all blocks: a tensor of queries and keys.
+            first, query = lax.optimization_barrier(block)
             scores = self._scores(query, keys, mask, self._terms(query, embeddings), first)
             highest = scores.max(-1, keepdims=True)
             weights = jnp.exp(scores - highest)

@@ -1,5 +1,6 @@
 """Where the numbers of a run are written: JSON Lines, TensorBoard and, when asked for, Weights & Biases."""
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -33,12 +34,10 @@ class MetricsLog:
     """
 
     def __init__(self, directory: AnyPath, first_step: int, wandb_project: str | None = None):
-        from tensorboardX import SummaryWriter
-
         path = directory / "metrics.jsonl"
         kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= first_step]
         self._lines = _FileLines(path, kept) if isinstance(path, Path) else _BucketLines(path, kept)
-        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step + 1)
+        self._board_directory, self._first_step = str(directory / "tensorboard"), first_step
         self._wandb = None
         if wandb_project is not None:
             import wandb
@@ -48,6 +47,13 @@ class MetricsLog:
             identity = hashlib.blake2b(place.encode(), digest_size=8).hexdigest()
             options = {"dir": place} if local else {}
             self._wandb = wandb.init(project=wandb_project, name=directory.name, id=identity, resume="allow", **options)
+
+    @functools.cached_property
+    def _board(self) -> Any:
+        """Opened when there is something to write, while the device is at work: its import takes a second."""
+        from tensorboardX import SummaryWriter
+
+        return SummaryWriter(self._board_directory, purge_step=self._first_step + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append ``values`` of ``step``; keys are ``train/loss`` and the like."""
