@@ -134,7 +134,7 @@ def test_operations_of_training_leave_out_gradients_that_are_not_computed(frozen
 @pytest.mark.parametrize(
     ("small", "change"),
     [*((small_bert, change) for change in BERT_VARIANTS), *((small_hubert, change) for change in HUBERT_VARIANTS)],
-    ids=str,
+    ids=lambda value: value.__name__ if callable(value) else str(value),
 )
 def test_every_parameter_stands_in_the_order_of_computation(small, change):
     model, inputs, samples = small(**change)
