@@ -155,6 +155,8 @@ def draw_cpu(part: str, rows: Rows) -> "Figure":
                         missing_label = None if not missing else f"{name}, by the compiler"
                         _line(above, missing, missing_label, **style | {"linestyle": ":", "markerfacecolor": "white"})
             _log_axes(above, [row["row"][field] for row in rows], unit, label)
+            if part == "cpu-vocabulary":
+                above.set(yscale="linear", ylim=(0, None))
             above.legend(fontsize=7)
         every[0][column].set_title(model)
     grown = {"length": "audio length", "batch": "batch", "depth": "depth", "vocabulary": "vocabulary"}
