@@ -202,7 +202,7 @@ def test_bfloat16_logits_are_summed_in_float32():
 def test_accelerators_formulation_gives_the_same(monkeypatch):
     arguments = random_case(5, 4)
     here = losses_and_gradient(*arguments)
-    monkeypatch.setattr(losses_module.lax, "platform_dependent", lambda *operands, cpu, default: default(*operands))
+    monkeypatch.setattr(losses_module, "for_platform", lambda *operands, cpu, default: default(*operands))
     there = jax.jit(losses_and_gradient.__wrapped__)(*arguments)
     for ours, theirs in zip(here, there, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)

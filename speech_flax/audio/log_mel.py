@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
+from speech_flax.kernels.platforms import for_platform
+
 SAMPLING_RATE = 16_000
 FRAME_LENGTH = 400  # samples: 25 ms
 FRAME_SHIFT = 160  # samples: 10 ms
@@ -72,7 +74,7 @@ def _mel_energies(waveforms: Array, num_frames: int, num_mel_bins: int) -> Array
         bands = [power[..., rows] @ filters[rows, columns] for rows, columns in _bands(filters)]
         return jnp.concatenate(bands, axis=-1)
 
-    return jax.lax.platform_dependent(waveforms, cpu=by_fft, default=by_product)
+    return for_platform(waveforms, cpu=by_fft, default=by_product)
 
 
 def _bands(filters: Float32[np.ndarray, "frequencies mel_bins"]) -> list[tuple[slice, slice]]:

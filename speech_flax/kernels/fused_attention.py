@@ -7,12 +7,12 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from speech_flax.kernels.blocked_attention import BlockedAttention
 from speech_flax.kernels.flash_attention import FlashAttention
+from speech_flax.kernels.platforms import for_platform
 from speech_flax.kernels.positions import RelativeKey
 
 try:
@@ -67,7 +67,7 @@ class PlatformAttention:
         # With relative keys the gradient of short inputs is a quarter faster in blocks that the cache of a core holds.
         longest = 64 if self.left is not None and frames <= 1024 else 128
         blocked = getattr(BlockedAttention(self.left, self.dropout_rate, longest), direction)
-        return lax.platform_dependent(query, *operands, default=blocked, **kernels)
+        return for_platform(query, *operands, default=blocked, **kernels)
 
 
 def fused_attention(

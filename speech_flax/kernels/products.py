@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from speech_flax.kernels.platforms import for_platform
+
 
 @jax.custom_vjp
 def weighted(
@@ -26,7 +28,7 @@ def _forward(inputs: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
 def _backward(residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
     inputs, kernel = residuals
     of_inputs = lax.dot_general(cotangent, kernel, (((cotangent.ndim - 1,), (1,)), ((), ())))
-    return of_inputs, lax.platform_dependent(inputs, cotangent, cpu=kernel_gradient, default=_over_rows_and_frames)
+    return of_inputs, for_platform(inputs, cotangent, cpu=kernel_gradient, default=_over_rows_and_frames)
 
 
 def kernel_gradient(

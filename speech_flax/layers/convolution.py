@@ -9,6 +9,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from speech_flax.kernels.platforms import for_platform
 from speech_flax.layers.linear import Linear
 from speech_flax.layers.sharding import map_rows
 
@@ -41,7 +42,7 @@ def _correlate(padded: Array, kernel: Array) -> Array:
             padded, kernel, (1,), "VALID", dimension_numbers=layout, feature_group_count=kernel.shape[-1]
         )
 
-    return lax.platform_dependent(padded, kernel, cpu=shifted_sum, default=grouped)
+    return for_platform(padded, kernel, cpu=shifted_sum, default=grouped)
 
 
 def _depthwise_forward(inputs: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -49,7 +50,7 @@ def _depthwise_forward(inputs: Array, kernel: Array) -> tuple[Array, tuple[Array
 
 
 def _depthwise_backward(residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
-    return lax.platform_dependent(*residuals, cotangent, cpu=_gradients_by_fourier, default=_gradients_by_shifts)
+    return for_platform(*residuals, cotangent, cpu=_gradients_by_fourier, default=_gradients_by_shifts)
 
 
 def _gradients_by_shifts(inputs: Array, kernel: Array, cotangent: Array) -> tuple[Array, Array]:

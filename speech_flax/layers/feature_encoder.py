@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from speech_flax.configuration import HubertConfig
+from speech_flax.kernels.platforms import for_platform
 from speech_flax.kernels.products import kernel_gradient, weighted
 from speech_flax.layers.feed_forward import activation
 from speech_flax.layers.normalization import InstanceNorm, LayerNorm
@@ -59,7 +60,7 @@ def _convolution_forward(inputs: Array, kernel: Array, stride: int) -> tuple[Arr
 def _convolution_backward(stride: int, residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
     by_products = partial(_gradients_by_products, stride=stride)
     derived = partial(_derived_gradients, stride=stride)
-    return lax.platform_dependent(*residuals, cotangent, cpu=by_products, default=derived)
+    return for_platform(*residuals, cotangent, cpu=by_products, default=derived)
 
 
 _convolution.defvjp(_convolution_forward, _convolution_backward)

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from speech_flax.configuration import HubertConfig
+from speech_flax.kernels.platforms import for_platform
 from speech_flax.layers.feed_forward import activation
 
 #: Frames that :func:`_convolution_by_products` and :func:`_kernel_gradient` take at once.
@@ -41,7 +42,7 @@ def grouped_convolution(
     short = inputs.shape[1] < kernel.shape[0]
     on_cpu = partial(_convolution_by_products, groups=groups, left=left) if short else one_by_one
     together = partial(convolve, feature_group_count=groups)
-    return lax.platform_dependent(inputs, kernel, cpu=on_cpu, default=together)
+    return for_platform(inputs, kernel, cpu=on_cpu, default=together)
 
 
 def _convolution_by_products(inputs: Array, kernel: Array, *, groups: int, left: int) -> Array:

@@ -8,6 +8,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from speech_flax.kernels.platforms import for_platform
+
 #: Logarithm of zero. Finite, so that differences of two of them are no NaN.
 _NOTHING = -1e30
 
@@ -116,7 +118,7 @@ def _emissions(log_probs: Array, labels: Array, blank_id: int) -> tuple[Array, A
         one_hot = jax.nn.one_hot(labels, log_probs.shape[-1], dtype=jnp.float32)
         return jnp.einsum("btv,bsv->bts", log_probs, one_hot, precision=lax.Precision.HIGHEST)
 
-    of_labels = lax.platform_dependent(log_probs, labels, cpu=gathered, default=product)
+    of_labels = for_platform(log_probs, labels, cpu=gathered, default=product)
     return of_labels.swapaxes(0, 1), log_probs[:, :, blank_id, None].swapaxes(0, 1)
 
 
