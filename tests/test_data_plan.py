@@ -61,6 +61,17 @@ def test_steps_between_two_are_counted_by_bucket(num_samples, batch_sizes, first
     np.testing.assert_array_equal(plan.batches_between(first, first + count), counted)
 
 
+@settings(deadline=None, max_examples=30)
+@given(lengths, sizes, st.integers(0, 300), st.booleans())
+def test_buckets_are_named_in_the_order_in_which_steps_use_them(num_samples, batch_sizes, first, shuffle):
+    plan = make_plan(num_samples, batch_sizes, shuffle=shuffle)
+    named = plan.buckets_in_order(first)
+    assert sorted(named) == [index for index, batches in enumerate(plan.batches_per_bucket) if batches]
+    end = (first // plan.steps_per_epoch + 1) * plan.steps_per_epoch
+    used = list(dict.fromkeys(plan.batch(step).bucket_index for step in range(first, end)))
+    assert named[: len(used)] == used
+
+
 def test_the_order_is_the_same_on_every_machine_and_in_every_version():
     plan = make_plan([1000 * n for n in range(1, 13)], (4, 4, 4), seed=7)
     assert [plan.batch(step).row_indices.tolist() for step in range(plan.steps_per_epoch + 1)] == GOLDEN

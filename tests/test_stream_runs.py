@@ -86,8 +86,8 @@ def straight(places, tmp_path_factory) -> Run:
     """A run that nothing interrupts."""
     run = Run(tmp_path_factory.mktemp("straight"), *places)
     (output,) = finish(run.start())
-    compiled = [output.index(f"compiled training on {shape}") for shape in ("4 x 0.5 s", "2 x 1.2 s")]
-    assert max(compiled) < output.index(f"step 2/{STEPS}"), "every shape is compiled before the first step"
+    for shape in ("4 x 0.5 s", "2 x 1.2 s"):
+        assert f"compiled training on {shape}" in output, "any shape may come next: all are compiled"
     return run
 
 

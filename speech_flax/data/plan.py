@@ -125,6 +125,14 @@ class BatchPlan:
         filled[: chosen.size] = chosen
         return PlannedBatch(step, epoch, index, filled)
 
+    def buckets_in_order(self, step: int) -> list[int]:
+        """The buckets that have batches, by when the steps from ``step`` on first use them."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        order, _ = self._epoch(epoch if self.shuffle else 0)
+        used = np.searchsorted(np.cumsum(self.batches_per_bucket), np.roll(order, -position), side="right")
+        buckets, first_uses = np.unique(used, return_index=True)
+        return buckets[np.argsort(first_uses)].tolist()
+
     def batches_between(self, first: int, last: int) -> Int64[np.ndarray, "buckets"]:
         """How many of the steps ``first`` to ``last - 1`` use each bucket."""
         counts = np.zeros(len(self.buckets), np.int64)

@@ -164,6 +164,10 @@ class StreamPlan:
                 return window.batch(step)
         raise IndexError(f"step {step} is in no window that has been read, or in one of long ago")
 
+    def buckets_in_order(self, step: int) -> list[int]:
+        """All buckets: any may come next after ``step`` steps, and later."""
+        return list(range(len(self.buckets)))
+
     def batches_between(self, first: int, last: int) -> np.ndarray:
         """How many of the steps ``first`` to ``last - 1`` will use each bucket, if they are like those seen so far."""
         counts = np.array(self.batches_per_bucket)

@@ -66,9 +66,10 @@ def train(experiment: Experiment) -> dict[str, Any] | None:
     say(f"{parameter_count(programs.abstract_state.params) / 1e6:.2f} M parameters on {mesh.size} device(s)")
     with StopRequest() as stop, Watchdog(experiment.hang_minutes) as watchdog:
         trainer = Trainer(experiment, run, splits, loaders, task, programs, checkpoints, stop, watchdog)
-        state = trainer.initial_state(pretrained)
-        del pretrained
+        trainer.compile_ahead()
         try:
+            state = trainer.initial_state(pretrained)
+            del pretrained
             state = trainer.run(state)
             checkpoints.close()
             return finish(trainer, state) if int(state.step) == experiment.steps else _say_stopped(run)
@@ -77,6 +78,8 @@ def train(experiment: Experiment) -> dict[str, Any] | None:
         except TrainingError:
             checkpoints.close()
             raise
+        finally:
+            programs.abandon_ahead()
 
 
 def _say_stopped(run: RunDirectory) -> None:

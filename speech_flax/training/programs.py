@@ -1,6 +1,9 @@
 """The compiled programs of a run: one training and one evaluation step per length bucket."""
 
 import os
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from jaxtyping import PyTree
 from speech_flax.data.loader import Batch
 from speech_flax.training.experiment import Experiment
 from speech_flax.training.optimizer import Optimizer
+from speech_flax.training.progress import say
 from speech_flax.training.sharding import batch_sharding, process_shard, state_shardings, to_global
 from speech_flax.training.step import StepMetrics, TrainState, evaluation_step, train_step
 from speech_flax.training.task import RowResults, Task, initial_parameters
@@ -46,7 +50,8 @@ class Programs:
     ):
         self.mesh = mesh
         self._create = partial(self._random_state, task, optimizer, seed)
-        abstract = jax.eval_shape(self._create)
+        with jax.set_mesh(mesh):  # as in `initial_state`, which then need not trace it again
+            abstract = jax.eval_shape(self._create)
         self._shardings = state_shardings(abstract, mesh)
         self.abstract_state: TrainState = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -70,7 +75,8 @@ class Programs:
             "evaluate": jax.jit(partial(evaluation_step, task=task), out_shardings=batch_sharding(mesh)),
         }
         self.head_only_steps = optimizer.settings.head_only_steps
-        self._compiled: dict[tuple, jax.stages.Compiled] = {}
+        self._compiled: dict[tuple, Future[jax.stages.Compiled]] = {}
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="compiler")
 
     @staticmethod
     def _random_state(task: Task, optimizer: Optimizer, seed: int) -> TrainState:
@@ -90,11 +96,42 @@ class Programs:
         return self._optimizer.trained(self.abstract_state.params)
 
     def compile(self, batch: Batch, *, training: bool, head_only: bool = False) -> jax.stages.Compiled:
-        """The program for batches of this shape; compiled at the first call."""
+        """The program for batches of this shape; compiled at the first call, or by :meth:`compile_ahead`."""
+        key, compilation = self._compilation(batch, training, head_only)
+        if key not in self._compiled:
+            self._compiled[key] = Future()
+            self._compiled[key].set_result(compilation())
+        return self._compiled[key].result()
+
+    def compile_ahead(self, what: str, batch: Batch, *, training: bool, head_only: bool = False) -> None:
+        """Compile a program in a thread, after those that it was given before; the terminal then says ``what``."""
+        key, compilation = self._compilation(batch, training, head_only)
+        if key not in self._compiled:  # a shape that several splits share is compiled once
+            self._compiled[key] = self._compiler.submit(_announced, what, compilation)
+
+    def ready(self, batch: Batch, *, training: bool, head_only: bool = False) -> bool:
+        """Whether :meth:`compile` has the program and returns at once."""
+        key, _ = self._compilation(batch, training, head_only)
+        return key in self._compiled and self._compiled[key].done()
+
+    def check_ahead(self) -> None:
+        """Raise what went wrong in :meth:`compile_ahead`, though nobody has asked for that program yet."""
+        for future in self._compiled.values():
+            if future.done():
+                future.result()
+
+    def abandon_ahead(self) -> None:
+        """Compile nothing more of what was to be compiled ahead, but for what is being compiled."""
+        self._compiler.shutdown(wait=False, cancel_futures=True)
+
+    def _compilation(
+        self, batch: Batch, training: bool, head_only: bool
+    ) -> tuple[tuple, Callable[[], jax.stages.Compiled]]:
+        """Name and shapes of a program, and a function that compiles it."""
         arrays = device_arrays(batch)
         program = ("train head" if head_only else "train") if training else "evaluate"
-        key = (program, *(array.shape for array in arrays.values()))
-        if key not in self._compiled:
+
+        def compilation() -> jax.stages.Compiled:
             sharding, processes = batch_sharding(self.mesh), process_shard(self.mesh)[1]
             abstract = {
                 name: jax.ShapeDtypeStruct((rows.shape[0] * processes, *rows.shape[1:]), rows.dtype, sharding=sharding)
@@ -102,8 +139,9 @@ class Programs:
             }
             state = self.abstract_state if training else self.abstract_state.params
             with jax.set_mesh(self.mesh):
-                self._compiled[key] = self._jitted[program].lower(state, abstract).compile()
-        return self._compiled[key]
+                return self._jitted[program].lower(state, abstract).compile()
+
+        return (program, *(array.shape for array in arrays.values())), compilation
 
     def train(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         """One step; returns before the devices have finished it."""
@@ -125,6 +163,13 @@ def training_programs(experiment: Experiment, task: Task, mesh: Mesh) -> Program
         accumulation=experiment.accumulation,
         spike_factor=experiment.optimizer.spike_factor,
     )
+
+
+def _announced(what: str, compilation: Callable[[], jax.stages.Compiled]) -> jax.stages.Compiled:
+    began = time.monotonic()
+    compiled = compilation()
+    say(f"compiled {what} in {time.monotonic() - began:.1f} s")
+    return compiled
 
 
 def _in_shards(array: np.ndarray | jax.Array, sharding: NamedSharding) -> jax.Array:

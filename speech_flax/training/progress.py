@@ -76,8 +76,7 @@ class Progress:
         self._pending = None
         metrics = jax.device_get(pending)
         now, bucket = self._now(), self._plan.batch(step - 1).bucket_index
-        self._estimate.add(bucket, now["running"] - now["evaluation"] - (
-            self._fetched["running"] - self._fetched["evaluation"]))  # fmt: skip
+        self._estimate.add(bucket, now["steps"] - self._fetched["steps"])
         self._fetched = now
         padded = self._plan.buckets[bucket].batch_size * self._plan.bucket_samples[bucket]
         self._window.append((metrics, padded / self._plan.sampling_rate))
@@ -94,8 +93,10 @@ class Progress:
         return arrived
 
     def _now(self) -> dict[str, float]:
-        times = {name: self._clock.seconds(name) for name in ("data", "evaluation")}
-        return {"running": self._clock.running, **times}
+        """Seconds so far: of the run, of its steps with what they wait for data, and of that."""
+        running, data = self._clock.running, self._clock.seconds("data")
+        between = self._clock.seconds("evaluation") + self._clock.seconds("compilation")
+        return {"running": running, "steps": running - between, "data": data}
 
     def _report(self, step: int) -> None:
         now = self._now()
@@ -106,7 +107,7 @@ class Progress:
         padded = sum(padded for _, padded in self._window)
         self._window.clear()
         finite = [float(metric.loss) for metric in metrics if np.isfinite(metric.loss)]
-        speed = seconds / max(spent["running"] - spent["evaluation"], 1e-9)
+        speed = seconds / max(spent["steps"], 1e-9)
         remaining = self.remaining_seconds(step)
         values = {
             "train/loss": float(np.mean(finite)) if finite else None,
@@ -122,7 +123,6 @@ class Progress:
             "speed/remaining_seconds": None if remaining is None else round(remaining, 1),
             "speed/device_memory_gib": device_memory(),
         }
-        self.write(step, values)
         loss = f"{values['train/loss']:.3f}" if finite else "not finite"
         parts = [f"loss {loss}", f"lr {values['train/learning_rate']:.1e}", f"{speed:.0f} audio-s/s"]
         if remaining:
@@ -130,6 +130,7 @@ class Progress:
         self._bar.set_postfix_str(", ".join(parts), refresh=False)
         if self._bar.disable:
             say(f"step {step}/{self._bar.total}: {', '.join(parts)}")
+        self.write(step, values)
 
     def remaining_seconds(self, step: int) -> float | None:
         """Seconds that the steps after ``step`` and their evaluations will take."""

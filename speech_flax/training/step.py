@@ -117,7 +117,7 @@ def train_step(
         micro = (_micro_batches(batch, accumulation), jnp.arange(accumulation))
         (gradients, loss, infeasible), _ = jax.lax.scan(accumulate, zeros, micro)
 
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     taken = jnp.isfinite(loss) & jnp.isfinite(norm) & ~_is_spike(state, loss, norm, spike_factor)
     updates, moved = optimizer.update(gradients, state.optimizer, state.params, head_only=head_only)
     keep = partial(jax.tree.map, lambda new, old: jnp.where(taken, new, old))

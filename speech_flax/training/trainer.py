@@ -1,7 +1,6 @@
 """The loop over steps, with its interruptions: logging, evaluation, checkpoints, and the request to stop."""
 
 import logging
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -94,7 +93,6 @@ class Trainer:
         experiment, first = self.experiment, int(state.step)
         if first >= experiment.steps:
             return state
-        self.compile_all(first)
         batches = self._timed(self.loaders["train"].batches(first, experiment.steps - first))
         log = self.open_log(first)
         progress = Progress(
@@ -111,6 +109,9 @@ class Trainer:
         try:
             for batch in batches:
                 step = batch.step + 1
+                self._await_program(batch, progress)
+                if batch.step == first and self.stop():
+                    raise Stopped
                 trace.before(step)
                 state, metrics = self.programs.train(state, batch)
                 trace.after(step, metrics)
@@ -140,32 +141,30 @@ class Trainer:
             self._save(state)
         return last
 
-    def compile_all(self, first_step: int) -> None:
-        """Compile the programs of every bucket before the first step.
-
-        Raises:
-            Stopped: when asked to stop meanwhile.
-        """
+    def compile_ahead(self) -> None:
+        """Begin to compile the programs of every bucket, in a thread and in the order in which steps will need them."""
+        first_step = max(self.checkpoints.steps(), default=0)
+        if first_step >= self.experiment.steps:
+            return
         train, head = {"training": True}, {"training": True, "head_only": True}
         programs = {"training": train}
         if first_step < self.programs.head_only_steps:
             programs = {"training of the head": head, **programs}
         for name, loader in self.loaders.items():
             for purpose, options in (programs if name == "train" else {"evaluation": {"training": False}}).items():
-                for index, bucket in enumerate(loader.plan.buckets):
-                    if loader.plan.batches_per_bucket[index]:
-                        shape = f"{bucket.batch_size} x {bucket.max_seconds:g} s"
-                        self._compile(f"{purpose} on {shape}", loader.empty_batch(index), **options)
+                for index in loader.plan.buckets_in_order(first_step if name == "train" else 0):
+                    bucket = loader.plan.buckets[index]
+                    what = f"{purpose} on {bucket.batch_size} x {bucket.max_seconds:g} s"
+                    self.programs.compile_ahead(what, loader.empty_batch(index), **options)
 
-    def _compile(self, what: str, batch: Batch, **options: bool) -> None:
-        if self.stop():
-            raise Stopped
-        began = time.monotonic()
-        with self.clock.spending("compilation"):
-            self.programs.compile(batch, **options)
-        self.watchdog.alive()
-        if (seconds := time.monotonic() - began) > 0.05:  # a shape that several splits share is compiled once
-            say(f"compiled {what} in {seconds:.1f} s")
+    def _await_program(self, batch: Batch, progress: Progress) -> None:
+        """Wait for the program of a step; one of a later step that has failed to compile ends the run as well."""
+        which = {"training": True, "head_only": batch.step < self.programs.head_only_steps}
+        if not self.programs.ready(batch, **which):
+            self._check(progress.flush())  # the device will have nothing else to do
+            with self.clock.spending("compilation"):
+                self.programs.compile(batch, **which)
+        self.programs.check_ahead()
 
     def evaluate(self, params: Any, name: str) -> Evaluation:
         """Metrics on the split ``name``.
