@@ -17,11 +17,14 @@ from speech_flax.kernels.platforms import for_platform
 SAMPLING_RATE = 16_000
 FRAME_LENGTH = 400  # samples: 25 ms
 FRAME_SHIFT = 160  # samples: 10 ms
+_HOPS = -(-FRAME_LENGTH // FRAME_SHIFT)  # that a frame touches
 _FFT_LENGTH = 512
 _PREEMPHASIS = 0.97
 _FLOOR = 1.192092955078125e-07
 _SCALE = 2.0**15  # the filter banks are defined on 16-bit samples
 _VARIANCE_FLOOR = 1e-7
+#: Frames that the CPU takes at once: their spectra stay in its cache, where those of whole recordings cost page faults.
+_BLOCK = 64
 
 
 def num_log_mel_frames(num_samples: Int[Array, "batch"] | Int[np.ndarray, "batch"] | int):
@@ -69,10 +72,18 @@ def _mel_energies(waveforms: Array, num_frames: int, num_mel_bins: int) -> Array
         return multiply("btf,fm->btm", jnp.square(real) + jnp.square(imaginary), filters)
 
     def by_fft(waveforms: Array) -> Array:
-        spectrum = jnp.fft.rfft(_frames(waveforms, num_frames, _FFT_LENGTH))
-        power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
-        bands = [power[..., rows] @ filters[rows, columns] for rows, columns in _bands(filters)]
-        return jnp.concatenate(bands, axis=-1)
+        blocks = -(-num_frames // _BLOCK)
+        waveforms = _padded(waveforms, blocks * _BLOCK)
+
+        def of_block(start: Array) -> Array:
+            seen = jax.lax.dynamic_slice_in_dim(waveforms, start, (_BLOCK + _HOPS - 1) * FRAME_SHIFT, axis=1)
+            spectrum = jnp.fft.rfft(_frames(seen, _BLOCK, _FFT_LENGTH))
+            power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
+            bands = [power[..., rows] @ filters[rows, columns] for rows, columns in _bands(filters)]
+            return jnp.concatenate(bands, axis=-1)
+
+        energies = jnp.moveaxis(jax.lax.map(of_block, jnp.arange(blocks) * _BLOCK * FRAME_SHIFT), 0, 1)
+        return energies.reshape(waveforms.shape[0], -1, num_mel_bins)[:, :num_frames]
 
     return for_platform(waveforms, cpu=by_fft, default=by_product)
 
@@ -87,6 +98,12 @@ def _bands(filters: Float32[np.ndarray, "frequencies mel_bins"]) -> list[tuple[s
     return blocks
 
 
+def _padded(waveforms: Array, num_frames: int) -> Array:
+    """Exactly the samples of all hops that ``num_frames`` frames touch."""
+    needed = (num_frames + _HOPS - 1) * FRAME_SHIFT
+    return jnp.pad(waveforms, ((0, 0), (0, max(0, needed - waveforms.shape[1]))))[:, :needed]
+
+
 def _frames(waveforms: Array, num_frames: int, length: int) -> Array:
     """Frames ``[batch, frames, length]``, without their mean, pre-emphasised, windowed (a Hann window to the power
     0.85), and filled with zeros from 400 samples on.
@@ -97,15 +114,13 @@ def _frames(waveforms: Array, num_frames: int, length: int) -> Array:
     predecessor in it, but the window is zero there.) Frames are cut by reshaping to hops of 160 samples, and means
     summed from half hops: no gather.
     """
-    batch, hops = waveforms.shape[0], -(-FRAME_LENGTH // FRAME_SHIFT)
-    needed = (num_frames + hops - 1) * FRAME_SHIFT
-    padded = jnp.pad(waveforms, ((0, 0), (0, max(0, needed - waveforms.shape[1]))))[:, :needed]
+    batch, padded = waveforms.shape[0], _padded(waveforms, num_frames)
     previous = jnp.pad(padded, ((0, 0), (1, 0)))[:, :-1]
     emphasised = ((padded - previous) + (1.0 - _PREEMPHASIS) * previous).reshape(batch, -1, FRAME_SHIFT)
     halves = padded.reshape(batch, -1, 2, FRAME_SHIFT // 2).sum(-1)
     window = (np.hanning(FRAME_LENGTH) ** 0.85).astype(np.float32)
     total, pieces = 0.0, []
-    for hop in range(hops):
+    for hop in range(_HOPS):
         here = slice(hop, hop + num_frames)
         size = min(FRAME_SHIFT, FRAME_LENGTH - hop * FRAME_SHIFT)
         total = total + halves[:, here, : size // (FRAME_SHIFT // 2)].sum(-1, keepdims=True)
