@@ -207,6 +207,15 @@ def test_kernels_count_by_the_estimate_that_they_carry():
     assert estimate(parse_program(call.replace("COST", "")), CHIP).unknown
 
 
+def test_room_that_is_only_set_aside_costs_nothing():
+    room = (
+        "ENTRY %main () -> f32[1048576] {\n"
+        '  ROOT %room = f32[1048576]{0} custom-call(), custom_call_target="AllocateBuffer"\n}\n'
+    )
+    assert estimate(parse_program(room), CHIP).seconds == 0
+    assert estimate(parse_program(room.replace("AllocateBuffer", "Zeros")), CHIP).seconds > 0
+
+
 BUNDLES = """
 // machine code
      0x0   :  { %s0 = smov 0  ;; Start region 1 }

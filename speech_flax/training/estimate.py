@@ -31,6 +31,7 @@ COLLECTIVE_LATENCY = 2e-6  # seconds
 
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
 _FREE |= {"opt-barrier", "add-dependency", "iota"}
+_ALLOCATION = 'custom_call_target="AllocateBuffer"'  # room for what a loop writes, which stays as it is found
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
@@ -193,7 +194,7 @@ class _Walker:
         in_flight: dict[str, tuple[float, Communication | None]] = {}
         for instruction in self.program.computations[computation]:
             opcode = instruction.opcode
-            if opcode in _FREE:
+            if opcode in _FREE or _ALLOCATION in instruction.text:
                 continue
             if opcode == "while":
                 trips = self.program.trip_count(instruction)
