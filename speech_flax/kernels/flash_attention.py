@@ -64,8 +64,8 @@ class FlashAttention:
         layout, (*operands, table, seeds, lengths) = self._operands(query, key, value, mask, embeddings, seeds)
         reversed_rows = np.maximum(layout.last - np.arange(layout.table), 0)
         operands += [table, table[reversed_rows] if layout.relative else table, seeds, lengths]
-        rows = jnp.pad(logsumexp, ((0, 0), (0, 0), (0, layout.block * layout.blocks - query.shape[1])))
-        rows = rows.reshape(query.shape[0], -1, layout.group, layout.block * layout.blocks)
+        rows = jnp.pad(logsumexp, ((0, 0), (0, 0), (0, layout.padded - layout.frames)))
+        rows = rows.reshape(query.shape[0], -1, layout.group, layout.padded)
         packed = (self._pack(layout, attended), rows, self._pack(layout, cotangent))
         d_query, d_key, d_value, d_table = tpu_attention.backward(layout, *operands, *packed, self.interpret)
         d_query, d_key, d_value = (self._unpack(layout, states, query) for states in (d_query, d_key, d_value))
@@ -83,8 +83,8 @@ class FlashAttention:
         _, frames, heads, head_size = query.shape
         layout = self._layout(frames, heads, head_size, embeddings)
         lengths = jnp.where(mask, jnp.arange(1, frames + 1), 0).max(-1).astype(jnp.int32)
-        padding = layout.block * layout.blocks - frames
-        added = jnp.pad(jnp.where(mask, 0.0, MASKED), ((0, 0), (0, padding)), constant_values=MASKED)[:, None]
+        outside = ((0, 0), (0, layout.padded - frames))
+        added = jnp.pad(jnp.where(mask, 0.0, MASKED), outside, constant_values=MASKED)[:, None]
         table = jnp.zeros((layout.tile, layout.tile), query.dtype)
         if embeddings is not None:
             used = embeddings[self._rows_of_table(layout, embeddings.shape[0])]
@@ -101,22 +101,22 @@ class FlashAttention:
         if embeddings is not None:  # distances that do not occur need no place
             left, right = (min(reach, frames - 1) for reach in (self.left, embeddings.shape[0] - 1 - self.left))
             left = round_up(left, 8)  # rows of a register, which are rolled together
-        return Layout(self.tile, group, block, blocks, left, right, self.dropout_rate)
+        return Layout(self.tile, frames, group, block, blocks, left, right, self.dropout_rate)
 
     def _rows_of_table(self, layout: Layout, distances: int) -> Int[np.ndarray, "table"]:
         """The embedding in every row of the kernels' table: those at its ends repeat the leftmost and rightmost."""
         return np.clip(np.arange(layout.table) + self.left - layout.left, 0, distances - 1)
 
-    def _pack(self, layout: Layout, states: States) -> Float[Array, "batch padded lanes"]:
+    def _pack(self, layout: Layout, states: States) -> Float[Array, "batch frames lanes"]:
+        """Heads side by side. Frames are not padded, which would copy them: the kernels clear what lies behind."""
         batch, frames, heads, head_size = states.shape
-        padding = (layout.block * layout.blocks - frames, layout.lanes - head_size)
-        return jnp.pad(states, ((0, 0), (0, padding[0]), (0, 0), (0, padding[1]))).reshape(
-            batch, layout.block * layout.blocks, heads * layout.lanes
-        )
+        if layout.lanes > head_size:
+            states = jnp.pad(states, ((0, 0), (0, 0), (0, 0), (0, layout.lanes - head_size)))
+        return states.reshape(batch, frames, heads * layout.lanes)
 
     def _unpack(self, layout: Layout, packed: Array, like: States) -> States:
         batch, frames, heads, head_size = like.shape
-        return packed.reshape(batch, -1, heads, layout.lanes)[:, :frames, :, :head_size]
+        return packed.reshape(batch, frames, heads, layout.lanes)[..., :head_size]
 
     def _unpack_rows(self, rows: Array, like: States) -> Float[Array, "batch heads frames"]:
         batch, frames, heads, _ = like.shape

@@ -1,7 +1,7 @@
 """Attention without a tensor of queries and keys: the best formulation for the platform, with its own gradient."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol, runtime_checkable
 
@@ -21,6 +21,7 @@ except ImportError:  # JAX comes without Triton where there is no CUDA for it, o
     GPUAttention = None
 
 States = Float[Array, "batch frames heads head_size"]
+Merged = Float[Array, "batch frames lanes"]
 
 #: What the backward pass needs of the forward pass has this name for policies of rematerialisation.
 ATTENTION = "attention"
@@ -82,28 +83,45 @@ def fused_attention(
     formulation: Callable[[int | None, float], Formulation] = PlatformAttention,
 ) -> States:
     """The attended values of :func:`~speech_flax.kernels.attention.attend`, without the probabilities."""
-    batch, _, heads, head_size = query.shape
+    batch, frames, heads, head_size = query.shape
+    query, key, value = (states.reshape(batch, frames, heads * head_size) for states in (query, key, value))
     # With all scores 0 a row without any frame gives all keys the same probability, as the definition does.
     some = mask.any(-1)
-    query = jnp.where(some[:, None, None, None], query * head_size**-0.5, 0)
+    query = jnp.where(some[:, None, None], query * head_size**-0.5, 0)
     seeds = jnp.zeros((batch, heads), jnp.int32) if seeds is None else seeds
     left, embeddings = (None, None) if positions is None else (positions.left, positions.embeddings)
-    return _fused(formulation(left, dropout_rate), query, key, value, mask | ~some[:, None], embeddings, seeds)
+    operands = query, key, value, mask | ~some[:, None], embeddings, seeds
+    return _fused(formulation(left, dropout_rate), heads, *operands).reshape(batch, frames, heads, head_size)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(formulation: Formulation, *operands: Array | None) -> States:
-    return formulation.forward(*operands)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _fused(formulation: Formulation, heads: int, *operands: Array | None) -> Merged:
+    """Attention of states whose heads lie side by side. So they are kept for the backward pass, too: XLA:TPU gives
+    arrays of single heads a layout of their own, and would copy them for the kernels."""
+    return _merge(formulation.forward(*_split(operands, heads))[0])[0]
 
 
-def _forward(formulation: Formulation, *operands: Array | None) -> tuple[States, tuple]:
-    attended, logsumexp = (checkpoint_name(array, ATTENTION) for array in formulation.forward(*operands))
+def _forward(formulation: Formulation, heads: int, *operands: Array | None) -> tuple[Merged, tuple]:
+    attended, logsumexp = formulation.forward(*_split(operands, heads))
+    attended, logsumexp = (checkpoint_name(array, ATTENTION) for array in (*_merge(attended), logsumexp))
     return attended, (*operands, attended, logsumexp)
 
 
-def _backward(formulation: Formulation, residuals: tuple, cotangent: States) -> tuple:
-    *of_states, of_embeddings = formulation.backward(*residuals, cotangent)
-    return *of_states, None, of_embeddings, None
+def _backward(formulation: Formulation, heads: int, residuals: tuple, cotangent: Merged) -> tuple:
+    *operands, attended, logsumexp = residuals
+    attended, cotangent = _split((attended, cotangent), heads)
+    *of_states, of_embeddings = formulation.backward(*_split(operands, heads), attended, logsumexp, cotangent)
+    return *_merge(*of_states), None, of_embeddings, None
 
 
 _fused.defvjp(_forward, _backward)
+
+
+def _split(operands: Sequence[Array | None], heads: int) -> tuple[Array | None, ...]:
+    """The first operands, up to three of states, by head; the others as they are."""
+    states = [array.reshape(*array.shape[:2], heads, -1) for array in operands[:3]]
+    return *states, *operands[3:]
+
+
+def _merge(*states: States) -> tuple[Merged, ...]:
+    return tuple(array.reshape(*array.shape[:2], -1) for array in states)

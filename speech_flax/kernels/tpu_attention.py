@@ -67,6 +67,7 @@ def _forward_kernel(
 ):  # fmt: skip
     row, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     seeds_of_heads = _seeds_of_heads(layout, seeds)
+    layout.clear(j, k_ref, v_ref)
 
     def step(index: Array, carry: None) -> None:
         rows = _tile(layout, index)
@@ -113,6 +114,8 @@ def _backward_kernel(
     row, j, i = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     seeds_of_heads = _seeds_of_heads(layout, seeds)
     last = slice(layout.last, layout.last + 1)
+    layout.clear(j, k_ref, v_ref)
+    layout.clear(i, q_ref, o_ref, do_ref)
 
     @pl.when((j == 0) & (i == 0))
     def _():
@@ -208,14 +211,14 @@ def forward(
     query: Rows,
     key: Rows,
     value: Rows,
-    mask: Float[Array, "batch 1 frames"],
+    mask: Float[Array, "batch 1 padded"],
     table: Float[Array, "table tile"],
     seeds: Int[Array, "batch heads"],
     lengths: Int[Array, "batch"],
     interpret: bool,
-) -> tuple[Rows, Float[Array, "batch groups group frames"]]:
+) -> tuple[Rows, Float[Array, "batch groups group padded"]]:
     """Attended values, and logarithms of the sums of exponentiated scores."""
-    batch, frames, lanes = query.shape
+    batch, _, lanes = query.shape
     tile, block = layout.tile, layout.block
     groups = lanes // tile
     queries = pl.BlockSpec((1, block, tile), lambda b, h, i, j, *_: (b, i, h))
@@ -235,7 +238,7 @@ def forward(
         [queries, pl.BlockSpec((1, 1, layout.group, block), lambda b, h, i, j, *_: (b, h, 0, i))],
         [
             jax.ShapeDtypeStruct(query.shape, query.dtype),
-            jax.ShapeDtypeStruct((batch, groups, layout.group, frames), jnp.float32),
+            jax.ShapeDtypeStruct((batch, groups, layout.group, layout.padded), jnp.float32),
         ],
         [
             pltpu.VMEM((layout.tiles, layout.rows, tile), jnp.float32),
@@ -256,18 +259,18 @@ def backward(
     query: Rows,
     key: Rows,
     value: Rows,
-    mask: Float[Array, "batch 1 frames"],
+    mask: Float[Array, "batch 1 padded"],
     table: Float[Array, "table tile"],
     reversed_table: Float[Array, "table tile"],
     seeds: Int[Array, "batch heads"],
     lengths: Int[Array, "batch"],
     attended: Rows,
-    logsumexp: Float[Array, "batch groups group frames"],
+    logsumexp: Float[Array, "batch groups group padded"],
     cotangent: Rows,
     interpret: bool,
 ) -> tuple[Rows, Rows, Rows, Float[Array, "batch groups table tile"]]:
     """Gradients of queries, keys, values, and of the reversed table for every row and group of heads."""
-    batch, frames, lanes = query.shape
+    batch, _, lanes = query.shape
     tile, block, last = layout.tile, layout.block, layout.blocks - 1
     groups = lanes // tile
     queries = pl.BlockSpec((1, block, tile), lambda b, h, j, i, *_: (b, i, h))
@@ -302,7 +305,7 @@ def backward(
         [
             _sides(layout),
             pltpu.VMEM((places, block, tile), query.dtype),
-            pltpu.VMEM((frames, tile), jnp.float32),
+            pltpu.VMEM((layout.padded, tile), jnp.float32),
             pltpu.VMEM((places, block, tile), jnp.float32),
             pltpu.VMEM((block, tile), jnp.float32),
             pltpu.VMEM(table.shape, jnp.float32),

@@ -1,6 +1,7 @@
 """How attention is cut into pieces for a TPU: what the kernels of both directions share."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -61,6 +62,7 @@ class Layout:
 
     Attributes:
       tile: Lanes of a register, and queries handled at a time.
+      frames: Of the input; the last block may reach beyond them.
       group: Heads that share a register: each has ``tile / group`` lanes, zeros behind its head size.
       block: Queries, and keys, of a program.
       blocks: Number of blocks.
@@ -70,6 +72,7 @@ class Layout:
     """
 
     tile: int
+    frames: int
     group: int
     block: int
     blocks: int
@@ -117,6 +120,25 @@ class Layout:
     def rows(self) -> int:
         """Rows of a tile of queries of all heads of a group."""
         return self.group * self.tile
+
+    @property
+    def padded(self) -> int:
+        """Frames of all blocks."""
+        return self.blocks * self.block
+
+    def clear(self, number: Array, *refs: Any) -> None:
+        """Make zeros of what blocks ``[1, block, lanes]`` hold behind the last frame, if they are the last ones."""
+        here = self.frames - (self.blocks - 1) * self.block
+        if here == self.block:
+            return
+
+        @pl.when(number == self.blocks - 1)
+        def _():
+            for first in range(here // self.tile * self.tile, self.block, self.tile):
+                rows = slice(first, first + self.tile)
+                inside = first + lax.broadcasted_iota(jnp.int32, (self.tile, 1), 0) < here
+                for ref in refs:
+                    ref[0, rows] = jnp.where(inside, ref[0, rows], 0)
 
     def stack(self, states: Float[Array, "tile lanes"]) -> Float[Array, "rows lanes"]:
         """The heads of a group one under the other, each with zeros in the lanes of the others."""
