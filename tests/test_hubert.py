@@ -208,8 +208,14 @@ def test_grouped_convolution_and_its_gradient(width, frames):
 
 @pytest.mark.parametrize("width, stride", [(10, 5), (3, 2), (1, 3), (7, 3)])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_convolution_of_the_feature_encoder_and_its_gradient(width, stride, channels):
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_convolution_of_the_feature_encoder_and_its_gradient(width, stride, channels, platform, monkeypatch):
     """Without padding, and whatever the length leaves over; against the operation of XLA and the gradient of JAX."""
+
+    def chosen(*operands, default, **formulations):
+        return formulations.get(platform, default)(*operands)
+
+    monkeypatch.setattr(feature_encoder, "for_platform", chosen)
     kernel = draw(width, channels, 5)
 
     def expected(inputs, kernel):

@@ -31,9 +31,23 @@ def valid_convolution(
 
 
 def _convolution_of_samples(inputs: Array, kernel: Array, stride: int) -> Array:
-    """One product of a matrix with the windows side by side."""
-    windows, taps = _windows(inputs, kernel.shape[0], stride), kernel.reshape(-1, kernel.shape[-1])
-    return weighted(jnp.concatenate(windows, axis=-1), taps)
+    width, _, features = kernel.shape
+
+    def by_product(inputs: Array, kernel: Array) -> Array:
+        """With the windows side by side."""
+        return weighted(jnp.concatenate(_windows(inputs, width, stride), axis=-1), kernel.reshape(-1, features))
+
+    def by_blocks(inputs: Array, kernel: Array) -> Array:
+        """A convolution over blocks of ``stride`` samples."""
+        parts, outputs = -(-width // stride), (inputs.shape[1] - width) // stride + 1
+        missing = max(0, (outputs + parts - 1) * stride - inputs.shape[1])
+        wanted = jnp.pad(inputs, ((0, 0), (0, missing), (0, 0)))[:, : (outputs + parts - 1) * stride]
+        taps = jnp.pad(kernel, ((0, parts * stride - width), (0, 0), (0, 0))).reshape(parts, stride, features)
+        return lax.conv_general_dilated(
+            wanted.reshape(inputs.shape[0], -1, stride), taps, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
+        )
+
+    return for_platform(inputs, kernel, cpu=by_product, default=by_blocks)
 
 
 def _windows(inputs: Array, width: int, stride: int) -> list[Array]:

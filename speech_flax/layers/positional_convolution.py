@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 from speech_flax.configuration import HubertConfig
 from speech_flax.kernels.platforms import for_platform
 from speech_flax.layers.feed_forward import activation
+from speech_flax.layers.sharding import sum_over_rows
 
 #: Frames that :func:`_convolution_by_products` and :func:`_kernel_gradient` take at once.
 _BLOCK = 8
@@ -77,7 +78,8 @@ def _backward(groups: int, left: int, residuals: tuple[Array, Array], cotangent:
     width, group_channels, _ = kernel.shape
     swapped = kernel[::-1].reshape(width, group_channels, groups, group_channels).swapaxes(1, 3)
     of_inputs = grouped_convolution(cotangent, swapped.reshape(kernel.shape), groups, width - 1 - left)
-    return of_inputs, _kernel_gradient(inputs, cotangent, groups, width, left).astype(kernel.dtype)
+    of_kernel = sum_over_rows(partial(_kernel_gradient, groups=groups, width=width, left=left), inputs, cotangent)
+    return of_inputs, of_kernel.astype(kernel.dtype)
 
 
 def _kernel_gradient(

@@ -93,6 +93,20 @@ def map_rows(function: Callable[..., PyTree], *arrays: Shaped[Array, "batch ..."
     return jax.shard_map(function, in_specs=P(BATCH_AXES), out_specs=P(BATCH_AXES), check_vma=False)(*arrays)
 
 
+def sum_over_rows(function: Callable[..., Array], *arrays: Shaped[Array, "batch ..."]) -> Array:
+    """``function(*arrays)``, a sum over rows: each device computes it for its own, and one message adds the results.
+
+    For sums that go through more numbers than they end with: the partitioner would send those around.
+    """
+    if batch_shards() == 1 or arrays[0].shape[0] % batch_shards():
+        return function(*arrays)
+
+    def of_own_rows(*arrays: Array) -> Array:
+        return jax.lax.psum(function(*arrays), BATCH_AXES)
+
+    return jax.shard_map(of_own_rows, in_specs=P(BATCH_AXES), out_specs=P(), check_vma=False)(*arrays)
+
+
 def batch_shards(*axes: str) -> int:
     """Into how many parts the mesh that is set cuts a batch, along ``axes`` of it or all; 1 without such a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
