@@ -8,7 +8,7 @@ import pytest
 
 from speech_flax.data.sources import DataSource
 from speech_flax.training.experiment import DataSettings, Experiment, MeshSettings, ModelSettings
-from speech_flax.training.hlo import Instruction, Program, collective_kind, parse_program
+from speech_flax.training.hlo import Instruction, Program, array_shape, collective_kind, parse_program
 from speech_flax.training.preflight_plan import BucketShape
 from speech_flax.training.step_compiler import compile_step
 from speech_flax.training.tpu_slices import parse_slice
@@ -52,6 +52,17 @@ def test_activations_stay_where_their_rows_are(program):
         f"{instruction.opcode} {instruction.type} {instruction.op_name}"
         for instruction, shapes in communications(program, *TRAVELS)
         if any(size % FRAMES == 0 for shape in shapes for size in shape)
+    ]
+    assert not moved
+
+
+def test_attention_takes_states_as_they_lie(program):
+    """Nothing is padded, turned or copied for the kernels, but for what is computed again in the backward pass."""
+    moved = [
+        f"{instruction.opcode} {instruction.type} {instruction.op_name}"
+        for _, instruction, _ in program.walk()
+        if instruction.opcode in ("copy", "pad", "transpose") and "/self_attn/" in instruction.op_name
+        if "rematted" not in instruction.op_name and math.prod(array_shape(instruction.type)) >= 2 * FRAMES * 1024
     ]
     assert not moved
 
