@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from speech_flax.configuration import Wav2Vec2BertConfig
 from speech_flax.layers.attention import SelfAttention
 from speech_flax.layers.convolution import strided_convolution
+from speech_flax.layers.dropout import Dropout
 from speech_flax.layers.feed_forward import FeedForward, gated_linear_unit
 from speech_flax.layers.linear import linear
 from speech_flax.layers.masks import length_mask, sub_sampled_lengths
@@ -37,7 +38,7 @@ class AdapterLayer(nn.Module):
         hidden = self._shorten("self_attn_conv", norm(name="self_attn_layer_norm")(hidden_states), lengths)
         mask: Bool[Array, "batch shorter"] = length_mask(sub_sampled_lengths(lengths, config), hidden.shape[1])
         hidden, _ = SelfAttention(config, None, self.dtype, name="self_attn")(hidden, mask, deterministic)
-        hidden = residual + nn.Dropout(config.conformer_conv_dropout)(hidden, deterministic)
+        hidden = residual + Dropout(config.conformer_conv_dropout)(hidden, deterministic)
         feed_forward = FeedForward(
             config.intermediate_size,
             config.adapter_act,

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 from speech_flax.configuration import Wav2Vec2BertConfig
 from speech_flax.layers.attention import SelfAttention
 from speech_flax.layers.convolution import CausalDepthwiseConvolution, pointwise_convolution
+from speech_flax.layers.dropout import Dropout
 from speech_flax.layers.encoder_layer import EncoderLayer
 from speech_flax.layers.feed_forward import FeedForward, activation, gated_linear_unit
 from speech_flax.layers.normalization import LayerNorm
@@ -37,7 +38,7 @@ class ConvolutionModule(nn.Module):
         hidden = shard_batch(CausalDepthwiseConvolution(width, self.dtype, name="depthwise_conv")(hidden))
         hidden = activation(config.hidden_act)(norm(name="depthwise_layer_norm")(hidden))
         hidden = pointwise_convolution(size, name="pointwise_conv2", dtype=self.dtype)(hidden)
-        return nn.Dropout(config.conformer_conv_dropout)(hidden, deterministic)
+        return Dropout(config.conformer_conv_dropout)(hidden, deterministic)
 
 
 class ConformerLayer(EncoderLayer):
@@ -64,7 +65,7 @@ class ConformerLayer(EncoderLayer):
             norm(name="self_attn_layer_norm")(hidden), mask, deterministic, self.output_attentions
         )
         # As in the reference, the rate is that of the attention probabilities.
-        hidden = hidden + nn.Dropout(config.attention_dropout)(attended, deterministic)
+        hidden = hidden + Dropout(config.attention_dropout)(attended, deterministic)
         hidden = hidden + ConvolutionModule(config, self.dtype, name="conv_module")(hidden, mask, deterministic)
         hidden = hidden + 0.5 * feed_forward(name="ffn2")(norm(name="ffn2_layer_norm")(hidden), deterministic)
         return shard_batch(norm(name="final_layer_norm")(hidden)), attentions

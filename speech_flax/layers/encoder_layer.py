@@ -12,6 +12,7 @@ from speech_flax.kernels.fused_attention import ATTENTION
 #: What the backward pass finds again without recomputing, by name.
 REMAT_POLICIES = {
     "full": None,
+    "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names(ATTENTION),

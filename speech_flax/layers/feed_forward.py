@@ -10,6 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from speech_flax.layers.dropout import Dropout
 from speech_flax.layers.linear import linear
 
 
@@ -85,6 +86,6 @@ class FeedForward(nn.Module):
         dense = partial(linear, dtype=self.dtype, initializer_range=self.initializer_range)
         hidden = dense(self.intermediate_size, name="intermediate_dense")(hidden_states)
         hidden = activation(self.hidden_act)(hidden)
-        hidden = nn.Dropout(self.activation_dropout)(hidden, deterministic)
+        hidden = Dropout(self.activation_dropout)(hidden, deterministic)
         hidden = dense(hidden_states.shape[-1], name="output_dense")(hidden)
-        return nn.Dropout(self.hidden_dropout)(hidden, deterministic)
+        return Dropout(self.hidden_dropout)(hidden, deterministic)

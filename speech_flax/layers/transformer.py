@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from speech_flax.configuration import HubertConfig
 from speech_flax.layers.attention import attention
+from speech_flax.layers.dropout import Dropout
 from speech_flax.layers.encoder_layer import EncoderLayer
 from speech_flax.layers.feed_forward import FeedForward
 from speech_flax.layers.linear import linear
@@ -94,7 +95,7 @@ class TransformerLayer(EncoderLayer):
         attended, attentions = self_attention(
             layer_norm(hidden) if stable else hidden, mask, deterministic, self.output_attentions
         )
-        hidden = hidden + nn.Dropout(config.hidden_dropout)(attended, deterministic)
+        hidden = hidden + Dropout(config.hidden_dropout)(attended, deterministic)
         if stable:
             hidden = hidden + feed_forward(final_layer_norm(hidden), deterministic)
             if config.adapter_attn_dim is not None:

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from speech_flax.configuration import HubertConfig
+from speech_flax.layers.dropout import Dropout
 from speech_flax.layers.encoder_layer import scan_layers
 from speech_flax.layers.feature_encoder import FeatureEncoder
 from speech_flax.layers.linear import linear
@@ -73,7 +74,7 @@ class FeatureProjection(nn.Module):
         project = linear(
             config.hidden_size, name="projection", dtype=self.dtype, initializer_range=config.initializer_range
         )
-        return nn.Dropout(config.feat_proj_dropout)(project(features), deterministic)
+        return Dropout(config.feat_proj_dropout)(project(features), deterministic)
 
 
 class Encoder(nn.Module):
@@ -101,7 +102,7 @@ class Encoder(nn.Module):
         )
         if not config.do_stable_layer_norm:
             hidden_states = norm(hidden_states)
-        hidden_states = nn.Dropout(config.hidden_dropout)(hidden_states, deterministic)
+        hidden_states = Dropout(config.hidden_dropout)(hidden_states, deterministic)
         last, states, attentions = scan_layers(
             TransformerLayer,
             config,
@@ -128,7 +129,7 @@ class HubertModel(HubertPretrainedModel, nn.Module):
       config: Configuration.
       dtype: Computation type; parameters are float32, norms and softmax are computed in float32.
       remat: What the backward pass recomputes: nothing (``"none"``), all but matrix products and attention
-        (``"dots"``), or each layer from its input (``"full"``).
+        (``"dots"``), all but attention (``"attention"``), or each layer from its input (``"full"``).
       scan_unroll: Layers per iteration of the compiled loop.
     """
 
@@ -221,7 +222,7 @@ class HubertForCTC(HubertPretrainedModel, nn.Module):
         if config.vocab_size is None:
             raise ValueError("a CTC model needs config.vocab_size: the number of symbols of the tokenizer")
         self.hubert = HubertModel(config, self.dtype, self.remat, self.scan_unroll)
-        self.dropout = nn.Dropout(config.final_dropout)
+        self.dropout = Dropout(config.final_dropout)
         self.lm_head = linear(
             config.vocab_size, name="lm_head", dtype=self.dtype, initializer_range=config.initializer_range
         )

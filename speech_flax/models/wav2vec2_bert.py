@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from speech_flax.configuration import Wav2Vec2BertConfig
 from speech_flax.layers.adapter import Adapter
 from speech_flax.layers.conformer import ConformerLayer
+from speech_flax.layers.dropout import Dropout
 from speech_flax.layers.encoder_layer import scan_layers
 from speech_flax.layers.feed_forward import FeedForward
 from speech_flax.layers.linear import Linear, linear
@@ -45,7 +46,7 @@ class FeatureProjection(nn.Module):
         project = Linear(
             config.hidden_size, dtype=self.dtype, kernel_init=uniform, bias_init=uniform, name="projection"
         )
-        return nn.Dropout(config.feat_proj_dropout)(project(normed), deterministic), normed
+        return Dropout(config.feat_proj_dropout)(project(normed), deterministic), normed
 
 
 class Encoder(nn.Module):
@@ -67,7 +68,7 @@ class Encoder(nn.Module):
     ) -> tuple[Array, tuple[Array, ...] | None, tuple[Array, ...] | None]:
         config = self.config
         hidden_states = jnp.where(mask[:, :, None], hidden_states, 0)
-        hidden_states = nn.Dropout(config.hidden_dropout)(hidden_states, deterministic)
+        hidden_states = Dropout(config.hidden_dropout)(hidden_states, deterministic)
         return scan_layers(
             ConformerLayer,
             config,
@@ -89,7 +90,7 @@ class Wav2Vec2BertModel(PretrainedModel, nn.Module):
       config: Configuration.
       dtype: Computation type; parameters are float32, norms and softmax are computed in float32.
       remat: What the backward pass recomputes: nothing (``"none"``), all but matrix products and attention
-        (``"dots"``), or each layer from its input (``"full"``).
+        (``"dots"``), all but attention (``"attention"``), or each layer from its input (``"full"``).
       scan_unroll: Layers per iteration of the compiled loop.
     """
 
@@ -180,7 +181,7 @@ class Wav2Vec2BertForCTC(PretrainedModel, nn.Module):
         if config.vocab_size is None:
             raise ValueError("a CTC model needs config.vocab_size: the number of symbols of the tokenizer")
         self.wav2vec2_bert = Wav2Vec2BertModel(config, self.dtype, self.remat, self.scan_unroll)
-        self.dropout = nn.Dropout(config.final_dropout)
+        self.dropout = Dropout(config.final_dropout)
         self.lm_head = linear(
             config.vocab_size, name="lm_head", dtype=self.dtype, initializer_range=config.initializer_range
         )
