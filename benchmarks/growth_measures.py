@@ -130,17 +130,12 @@ def _quickstart(cache: str) -> Measured:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
         times: dict[str, float] = {}
         starts = {"data_planned_s": "up to", "first_program_s": "compiled", "first_step_s": "step 1/"}
-        last_program = None
         for line in process.stdout:
             for name, start in starts.items():
                 if line.strip().startswith(start) and name not in times:
                     times[name] = time.perf_counter() - began
-            if line.startswith("compiled"):
-                last_program = time.perf_counter() - began
             if "first_step_s" in times:
                 break
         process.send_signal(signal.SIGTERM)
         process.communicate()
-    if last_program is not None:
-        times["last_program_s"] = last_program
     return {name: round(value, 2) for name, value in times.items()}
