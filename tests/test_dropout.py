@@ -47,6 +47,14 @@ def test_nothing_is_dropped_where_nothing_is_random():
     assert Dropout(0.5).apply({}, inputs, True) is inputs
 
 
+def test_everything_can_be_dropped():
+    def total(inputs):
+        return Dropout(1.0).apply({}, inputs, False, rngs={"dropout": jax.random.key(0)}).sum()
+
+    value, gradient = jax.value_and_grad(total)(jnp.ones(SHAPE))
+    assert value == 0 and not gradient.any()
+
+
 def test_gradients_are_those_of_what_is_kept():
     def total(inputs):
         return Dropout(0.25).apply({}, inputs, False, rngs={"dropout": jax.random.key(0)}).sum()

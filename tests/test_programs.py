@@ -92,6 +92,14 @@ def test_a_failure_ahead_is_raised_before_its_step_comes(programs):
         programs.check_ahead()
 
 
+def test_a_failure_is_raised_again_to_who_asks_again(programs):
+    programs, _ = programs
+    for _ in range(2):
+        with pytest.raises(MemoryError, match="no room"):
+            programs.compile(batch(2000), training=True)
+        assert not programs.ready(batch(2000), training=True)
+
+
 def test_abandoned_programs_are_not_compiled(programs):
     programs, recorded = programs
     recorded.may_go_on.clear()

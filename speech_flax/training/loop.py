@@ -66,8 +66,8 @@ def train(experiment: Experiment) -> dict[str, Any] | None:
     say(f"{parameter_count(programs.abstract_state.params) / 1e6:.2f} M parameters on {mesh.size} device(s)")
     with StopRequest() as stop, Watchdog(experiment.hang_minutes) as watchdog:
         trainer = Trainer(experiment, run, splits, loaders, task, programs, checkpoints, stop, watchdog)
-        trainer.compile_ahead()
         try:
+            trainer.compile_ahead()
             state = trainer.initial_state(pretrained)
             del pretrained
             state = trainer.run(state)

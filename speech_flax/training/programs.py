@@ -99,8 +99,9 @@ class Programs:
         """The program for batches of this shape; compiled at the first call, or by :meth:`compile_ahead`."""
         key, compilation = self._compilation(batch, training, head_only)
         if key not in self._compiled:
-            self._compiled[key] = Future()
-            self._compiled[key].set_result(compilation())
+            ready: Future[jax.stages.Compiled] = Future()
+            ready.set_result(compilation())
+            self._compiled[key] = ready
         return self._compiled[key].result()
 
     def compile_ahead(self, what: str, batch: Batch, *, training: bool, head_only: bool = False) -> None:
