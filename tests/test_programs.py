@@ -110,3 +110,15 @@ def test_abandoned_programs_are_not_compiled(programs):
     recorded.may_go_on.set()
     programs.compile(batch(100), training=True)
     assert [shape for _, shape in recorded.compiled] == [(2, 100)]
+
+
+def test_who_waits_for_the_last_program_shows_that_others_are_compiled(programs):
+    programs, recorded = programs
+    for samples in (100, 200, 300):
+        programs.compile_ahead("one", batch(samples), training=True)
+    alive = []
+    programs.wait(batch(300), lambda: alive.append(len(recorded.compiled)), training=True)
+    assert programs.ready(batch(300), training=True)
+    assert len(alive) == 2 and alive[0] >= 1 and alive[1] >= 2
+    programs.wait(batch(400), lambda: alive.append(0), training=True)
+    assert programs.ready(batch(400), training=True) and len(alive) == 2

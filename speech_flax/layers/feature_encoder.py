@@ -38,37 +38,44 @@ def _convolution_of_samples(inputs: Array, kernel: Array, stride: int) -> Array:
         return weighted(jnp.concatenate(_windows(inputs, width, stride), axis=-1), kernel.reshape(-1, features))
 
     def by_blocks(inputs: Array, kernel: Array) -> Array:
-        """A convolution over blocks of ``stride`` samples."""
-        parts, outputs = -(-width // stride), (inputs.shape[1] - width) // stride + 1
-        missing = max(0, (outputs + parts - 1) * stride - inputs.shape[1])
-        wanted = jnp.pad(inputs, ((0, 0), (0, missing), (0, 0)))[:, : (outputs + parts - 1) * stride]
-        taps = jnp.pad(kernel, ((0, parts * stride - width), (0, 0), (0, 0))).reshape(parts, stride, features)
-        return lax.conv_general_dilated(
-            wanted.reshape(inputs.shape[0], -1, stride), taps, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
-        )
+        return _plain_convolution(_in_blocks(inputs, width, stride), _kernel_in_blocks(kernel, stride), 1)
 
     return for_platform(inputs, kernel, cpu=by_product, default=by_blocks)
 
 
+def _in_blocks(inputs: Array, width: int, stride: int) -> Array:
+    """What windows see, ``stride`` frames as one vector: ``[batch, outputs + ceil(width / stride) - 1, ...]``."""
+    batch, frames, channels = inputs.shape
+    wanted = ((frames - width) // stride + -(-width // stride)) * stride
+    inputs = jnp.pad(inputs[:, :wanted], ((0, 0), (0, max(0, wanted - frames)), (0, 0)))
+    return inputs.reshape(batch, -1, stride * channels)
+
+
+def _kernel_in_blocks(kernel: Array, stride: int) -> Array:
+    """The kernel that goes over :func:`_in_blocks` without a stride."""
+    width, channels, features = kernel.shape
+    return jnp.pad(kernel, ((0, -width % stride), (0, 0), (0, 0))).reshape(-1, stride * channels, features)
+
+
 def _windows(inputs: Array, width: int, stride: int) -> list[Array]:
     """What every output sees, ``stride`` frames as one vector: ``[batch, outputs, up to stride * channels]`` each."""
-    batch, frames, channels = inputs.shape
-    outputs = (frames - width) // stride + 1
-    parts = -(-width // stride)
-    wanted = (outputs + parts - 1) * stride
-    inputs = jnp.pad(inputs[:, :wanted], ((0, 0), (0, max(0, wanted - frames)), (0, 0)))
-    blocks = inputs.reshape(batch, -1, stride * channels)
-    sizes = [min(stride, width - part * stride) * channels for part in range(parts)]
+    blocks, parts = _in_blocks(inputs, width, stride), -(-width // stride)
+    outputs = blocks.shape[1] - parts + 1
+    sizes = [min(stride, width - part * stride) * inputs.shape[-1] for part in range(parts)]
     return [blocks[:, part : part + outputs, :size] for part, size in enumerate(sizes)]
+
+
+def _plain_convolution(inputs: Array, kernel: Array, stride: int) -> Array:
+    return lax.conv_general_dilated(inputs, kernel, (stride,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _convolution(inputs: Array, kernel: Array, stride: int) -> Array:
-    return lax.conv_general_dilated(inputs, kernel, (stride,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"))
+    return _plain_convolution(inputs, kernel, stride)
 
 
 def _convolution_forward(inputs: Array, kernel: Array, stride: int) -> tuple[Array, tuple[Array, Array]]:
-    return _convolution(inputs, kernel, stride), (inputs, kernel)
+    return _plain_convolution(inputs, kernel, stride), (inputs, kernel)
 
 
 def _convolution_backward(stride: int, residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
@@ -81,26 +88,20 @@ _convolution.defvjp(_convolution_forward, _convolution_backward)
 
 
 def _derived_gradients(inputs: Array, kernel: Array, cotangent: Array, *, stride: int) -> tuple[Array, Array]:
-    convolve = partial(
-        lax.conv_general_dilated,
-        window_strides=(stride,),
-        padding="VALID",
-        dimension_numbers=("NWC", "WIO", "NWC"),
-    )
-    return jax.vjp(convolve, inputs, kernel)[1](cotangent)
+    return jax.vjp(partial(_plain_convolution, stride=stride), inputs, kernel)[1](cotangent)
 
 
 def _gradients_by_products(inputs: Array, kernel: Array, cotangent: Array, *, stride: int) -> tuple[Array, Array]:
     """Of the inputs, ``stride`` frames at once: a convolution without stride. Of the kernel: a product per window."""
-    (batch, frames, channels), (width, _, features) = inputs.shape, kernel.shape
-    parts = -(-width // stride)
-    blocks = jnp.pad(kernel, ((0, parts * stride - width), (0, 0), (0, 0))).reshape(parts, stride * channels, features)
-    transposed = _convolution(
-        jnp.pad(cotangent, ((0, 0), (parts - 1, parts - 1), (0, 0))), blocks[::-1].swapaxes(1, 2), 1
+    batch, frames, channels = inputs.shape
+    blocks = _kernel_in_blocks(kernel, stride)
+    beside = blocks.shape[0] - 1
+    transposed = _plain_convolution(
+        jnp.pad(cotangent, ((0, 0), (beside, beside), (0, 0))), blocks[::-1].swapaxes(1, 2), 1
     )
     of_inputs = transposed.reshape(batch, -1, channels)[:, :frames]
     of_inputs = jnp.pad(of_inputs, ((0, 0), (0, frames - of_inputs.shape[1]), (0, 0)))
-    of_taps = [kernel_gradient(window, cotangent) for window in _windows(inputs, width, stride)]
+    of_taps = [kernel_gradient(window, cotangent) for window in _windows(inputs, kernel.shape[0], stride)]
     return of_inputs, jnp.concatenate(of_taps).reshape(kernel.shape)
 
 

@@ -115,6 +115,15 @@ class Programs:
         key, _ = self._compilation(batch, training, head_only)
         return key in self._compiled and self._compiled[key].done()
 
+    def wait(self, batch: Batch, alive: Callable[[], None], *, training: bool, head_only: bool = False) -> None:
+        """Until :meth:`compile` has the program; ``alive`` is called after every program that is compiled before."""
+        key, _ = self._compilation(batch, training, head_only)
+        names = list(self._compiled)  # in the order in which they are compiled
+        for name in names[: names.index(key)] if key in names else ():
+            self._compiled[name].result()
+            alive()
+        self.compile(batch, training=training, head_only=head_only)
+
     def check_ahead(self) -> None:
         """Raise what went wrong in :meth:`compile_ahead`, though nobody has asked for that program yet."""
         for future in self._compiled.values():

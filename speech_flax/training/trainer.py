@@ -163,7 +163,7 @@ class Trainer:
         if not self.programs.ready(batch, **which):
             self._check(progress.flush())  # the device will have nothing else to do
             with self.clock.spending("compilation"):
-                self.programs.compile(batch, **which)
+                self.programs.wait(batch, self.watchdog.alive, **which)
         self.programs.check_ahead()
 
     def evaluate(self, params: Any, name: str) -> Evaluation:
