@@ -5,6 +5,7 @@ keys further away all get the score of the leftmost or rightmost distance.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +96,7 @@ class BlockedAttention:
             d_keys, d_values, d_embeddings = sums
             first, query, logsumexp, of_sums, cotangent = block
             terms, transpose_terms = jax.vjp(self._terms, query, embeddings)
-            weights = jnp.exp(self._scores(query, keys, mask, terms, first) - logsumexp)
+            weights = self._scores(query, keys, mask, terms, first, lambda scores: jnp.exp(scores - logsumexp))
             d_weights = jnp.einsum("bhqd,bhkd->bhqk", cotangent, values, preferred_element_type=jnp.float32)
             dropped = self._drop(weights, seeds, first, embeddings).astype(dtype)
             d_scores = weights * (self._drop(d_weights, seeds, first, embeddings) - of_sums)
@@ -156,15 +157,29 @@ class BlockedAttention:
         by_distance = jnp.pad(near, ((0, 0), (0, 0), (0, 0), (block - 1, block - 1)), mode="edge")
         return skew(by_distance, distances - 1 + block), near[..., :1], near[..., -1:]
 
-    def _scores(self, query: Block, keys: Padded, mask: Array, terms: tuple | None, first: Array) -> Scores:
+    def _scores(
+        self,
+        query: Block,
+        keys: Padded,
+        mask: Array,
+        terms: tuple | None,
+        first: Array,
+        finish: Callable[[Scores], Scores] = lambda scores: scores,
+    ) -> Scores:
+        """The scores of a block, of which ``finish`` makes something else one by one.
+
+        XLA:CPU takes no vector instructions for what it fuses with the skewed window, so that is not to be all columns.
+        """
         scores = jnp.einsum("bhqd,bhkd->bhqk", query, keys, preferred_element_type=jnp.float32)
-        if terms is not None:
-            window, far_left, far_right = terms
-            width, column = window.shape[-1], jnp.arange(keys.shape[2])
-            scores += jnp.where(column < first, far_left, jnp.where(column >= first + width, far_right, 0))
-            within = lax.dynamic_slice_in_dim(scores, first, width, axis=3) + window
-            scores = lax.dynamic_update_slice_in_dim(scores, within, first, axis=3)
-        return jnp.where(mask[:, None, None], scores, MASKED)
+        mask = mask[:, None, None]
+        if terms is None:
+            return finish(jnp.where(mask, scores, MASKED))
+        window, far_left, far_right = terms
+        width, column = window.shape[-1], jnp.arange(keys.shape[2])
+        scores += jnp.where(column < first, far_left, jnp.where(column >= first + width, far_right, 0))
+        scores = jnp.where(mask, scores, MASKED)
+        within = lax.dynamic_slice_in_dim(scores, first, width, 3) + window
+        return lax.dynamic_update_slice_in_dim(finish(scores), finish(within), first, axis=3)
 
     def _terms_transposed(self, d_scores: Scores, first: Array, embeddings: Array | None) -> tuple | None:
         """Cotangents of :meth:`_terms`."""

@@ -92,16 +92,19 @@ def _derived_gradients(inputs: Array, kernel: Array, cotangent: Array, *, stride
 
 
 def _gradients_by_products(inputs: Array, kernel: Array, cotangent: Array, *, stride: int) -> tuple[Array, Array]:
-    """Of the inputs, ``stride`` frames at once: a convolution without stride. Of the kernel: a product per window."""
-    batch, frames, channels = inputs.shape
-    blocks = _kernel_in_blocks(kernel, stride)
-    beside = blocks.shape[0] - 1
-    transposed = _plain_convolution(
-        jnp.pad(cotangent, ((0, 0), (beside, beside), (0, 0))), blocks[::-1].swapaxes(1, 2), 1
-    )
-    of_inputs = transposed.reshape(batch, -1, channels)[:, :frames]
+    """A product for each part of the windows, and its gradient; windows without zeros in place of taps."""
+    (batch, frames, channels), (width, _, features) = inputs.shape, kernel.shape
+    windows = _windows(inputs, width, stride)
+    of_blocks, of_taps = jnp.zeros((), inputs.dtype), []
+    for part, window in enumerate(windows):
+        first, size = part * stride * channels, window.shape[-1]
+        taps = kernel.reshape(-1, features)[first : first + size]
+        of_window = lax.dot_general(cotangent, taps, (((2,), (1,)), ((), ())))
+        of_blocks += jnp.pad(of_window, ((0, 0), (part, len(windows) - 1 - part), (0, stride * channels - size)))
+        # Transposes the cotangent, once for all. XLA would undo that if it were to see the other transposition.
+        of_taps.append(lax.optimization_barrier(kernel_gradient(cotangent, window)).T)
+    of_inputs = of_blocks.reshape(batch, -1, channels)[:, :frames]
     of_inputs = jnp.pad(of_inputs, ((0, 0), (0, frames - of_inputs.shape[1]), (0, 0)))
-    of_taps = [kernel_gradient(window, cotangent) for window in _windows(inputs, kernel.shape[0], stride)]
     return of_inputs, jnp.concatenate(of_taps).reshape(kernel.shape)
 
 
