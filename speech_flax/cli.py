@@ -61,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(arguments: Sequence[str]) -> int:
     from speech_flax.training.experiment import experiment_parser, parse_experiment
+    from speech_flax.training.freed_memory import keep_freed_memory
     from speech_flax.training.loop import train
 
     parser = experiment_parser()
@@ -85,6 +86,7 @@ def _train(arguments: Sequence[str]) -> int:
         return _preflight(experiment, options.preflight, detailed=options.detailed, as_json=options.json)
     if options.detailed or options.json:
         raise ValueError("--detailed and --json say how to --preflight; give the slice too, as in v5e:4x4")
+    keep_freed_memory()  # of the whole process: for the program to say, not for train()
     train(experiment)
     return 0
 

@@ -13,7 +13,6 @@ from speech_flax.training.corpus import Split, durations_file, open_split
 from speech_flax.training.curves import draw_curves
 from speech_flax.training.evaluation import Evaluation, describe, evaluate
 from speech_flax.training.experiment import Experiment, ExperimentError, experiment_yaml
-from speech_flax.training.freed_memory import keep_freed_memory
 from speech_flax.training.metrics_log import check_wandb
 from speech_flax.training.optimizer import Optimizer
 from speech_flax.training.processes import StopRequest, check_agreement, join_processes
@@ -40,7 +39,6 @@ def train(experiment: Experiment) -> dict[str, Any] | None:
         ExperimentError, ShardingError, SourceError, CheckpointError: for what is wrong with the experiment.
         TrainingError: when too many files are bad or the loss stays non-finite.
     """
-    keep_freed_memory()
     join_processes(experiment.distributed)
     use_compilation_cache(experiment.cache_directory)
     check_wandb(experiment.wandb_project)
