@@ -24,6 +24,7 @@ commands:
   train       train a model as a configuration file describes it
   convert     convert checkpoints from PyTorch and TensorFlow, and back
   transcribe  print the text of audio files
+  classify    print what a model says of audio files: classes, values, speakers
   evaluate    score a trained model
 
 Each command explains itself with --help."""

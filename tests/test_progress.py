@@ -56,7 +56,7 @@ def test_goodput_counts_restarts_against_a_run():
 
 
 def metrics(loss: float) -> StepMetrics:
-    return StepMetrics(*(np.float32(value) for value in (loss, 1, 4, 0, 16_000, 0, 0)))
+    return StepMetrics(*(np.float32(value) for value in (loss, 1, 0.1, 4, 0, 16_000, 0, 0)))
 
 
 class KeptLog(MetricsLog):
@@ -78,7 +78,7 @@ def test_numbers_of_a_step_are_looked_at_after_the_next_was_dispatched():
     log = KeptLog()
     written = log.written
     progress = Progress(
-        steps=3, first_step=0, plan=plan, log=log, learning_rate=lambda step: 0.1 * step, log_every=2,
+        steps=3, first_step=0, plan=plan, log=log, log_every=2,
         evaluate_every=None, clock=Clock(),
     )  # fmt: skip
     assert progress.add(1, metrics(5.0)) is None
@@ -86,7 +86,7 @@ def test_numbers_of_a_step_are_looked_at_after_the_next_was_dispatched():
     assert step == 1 and arrived.loss == 5.0 and not written
     progress.add(3, metrics(1.0))
     (step, values), = written  # fmt: skip
-    assert step == 2 and values["train/loss"] == 4.0 and values["train/learning_rate"] == 0.1
+    assert step == 2 and values["train/loss"] == 4.0 and values["train/learning_rate"] == np.float32(0.1)
     samples = sum(
         plan.buckets[b].batch_size * plan.bucket_samples[b] for b in (plan.batch(s).bucket_index for s in (0, 1))
     )
@@ -100,7 +100,7 @@ def test_time_that_remains_counts_the_evaluations_to_come_and_ends_at_zero():
     with clock.spending("evaluation"):
         time.sleep(0.2)
     progress = Progress(
-        steps=4, first_step=0, plan=make_plan(), log=log, learning_rate=lambda step: 0.1, log_every=1,
+        steps=4, first_step=0, plan=make_plan(), log=log, log_every=1,
         evaluate_every=2, clock=clock,
     )  # fmt: skip
     for step in range(1, 5):
@@ -120,7 +120,7 @@ def test_most_memory_of_any_device_is_logged_where_the_platform_tells(monkeypatc
     assert device_memory() == 1.5
     plan, log = make_plan(), KeptLog()
     progress = Progress(
-        steps=1, first_step=0, plan=plan, log=log, learning_rate=lambda step: 0.1, log_every=1, evaluate_every=None,
+        steps=1, first_step=0, plan=plan, log=log, log_every=1, evaluate_every=None,
         clock=Clock(),
     )  # fmt: skip
     progress.add(1, metrics(1.0))

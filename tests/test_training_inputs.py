@@ -208,7 +208,10 @@ def test_processes_with_different_data_are_refused(monkeypatch):
 
 
 def test_help_explains_every_option(capsys):
-    for command in ("train", "transcribe", "evaluate", "convert"):
+    assert main([]) == 2
+    listed = re.findall(r"^  (\w+)  ", capsys.readouterr().out, re.MULTILINE)
+    assert set(listed) == {"train", "convert", "transcribe", "classify", "evaluate"}
+    for command in listed:
         with contextlib.suppress(SystemExit):
             assert main([command, "--help"]) == 0
         text = capsys.readouterr().out

@@ -215,6 +215,18 @@ def test_head_has_a_learning_rate_of_its_own():
     np.testing.assert_allclose((2.0 - base, 3.0 - head), (0.1, 0.3), rtol=1e-4)  # Adam's first step is the rate
 
 
+def test_reported_learning_rate_is_the_one_taken_and_skipped_steps_do_not_count():
+    settings = dataclasses.replace(PLAIN, warmup=0.004)
+    state, step = stepper(settings)
+    schedule = learning_rate_schedule(settings, 1000)
+    reported = []
+    for inputs in (1.0, 2e6, 1.0, 1.0, 1.0):
+        state, metrics = step(state, batch(inputs))
+        reported.append(float(metrics.learning_rate))
+    np.testing.assert_allclose(reported, [schedule(taken) for taken in (0, 1, 1, 2, 3)], rtol=1e-6)
+    assert reported[0] < reported[1] < reported[3] < reported[4]
+
+
 def test_frozen_parameters_keep_their_values_and_have_no_moments():
     decaying = dataclasses.replace(PLAIN, weight_decay=0.1)
     state, step = stepper(decaying, frozen=("hubert",))

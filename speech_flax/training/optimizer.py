@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from speech_flax.training.experiment import ExperimentError, OptimizerSettings
 
@@ -58,6 +58,10 @@ class Optimizer:
     settings: OptimizerSettings
     steps: int
     frozen: tuple[str, ...] = ()
+
+    def learning_rate(self, step: Int[Array, ""] | int) -> Float[Array, ""]:
+        """The schedule's rate after ``step`` steps that were not skipped."""
+        return jnp.asarray(learning_rate_schedule(self.settings, self.steps)(step), jnp.float32)
 
     def init(self, params: PyTree) -> PyTree:
         """The state before the first step."""
@@ -122,7 +126,7 @@ class Optimizer:
         return optax.chain(
             optax.clip_by_global_norm(settings.max_gradient_norm),
             optax.partition(groups, self._groups),
-            optax.scale_by_learning_rate(learning_rate_schedule(settings, self.steps)),
+            optax.scale_by_learning_rate(self.learning_rate),
             optax.masked(
                 optax.scale(relative), lambda tree: jax.tree.map(lambda kind: kind == "head", self._groups(tree))
             ),

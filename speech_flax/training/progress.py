@@ -1,6 +1,5 @@
 """What a run says while it goes: one progress bar and one log line at a time, from process 0 alone."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,7 +29,6 @@ class Progress:
         first_step: Steps that it has done.
         plan: What the steps train on.
         log: Where numbers are written; none on processes other than 0.
-        learning_rate: The schedule.
         log_every: Steps between two log lines.
         evaluate_every: Steps between two evaluations, for the estimate of the time that remains; none has none.
         clock: Where the time goes.
@@ -43,14 +41,12 @@ class Progress:
         first_step: int,
         plan: BatchPlan | StreamPlan,
         log: MetricsLog | None,
-        learning_rate: Callable[[int], Any],
         log_every: int,
         evaluate_every: int | None,
         clock: Clock,
     ):
         self._plan = plan
         self._log = log
-        self._learning_rate = learning_rate
         self._every = log_every
         self._evaluate_every = evaluate_every
         self._clock = clock
@@ -111,7 +107,7 @@ class Progress:
         remaining = self.remaining_seconds(step)
         values = {
             "train/loss": float(np.mean(finite)) if finite else None,
-            "train/learning_rate": float(self._learning_rate(step - 1 - int(metrics[-1].skipped))),
+            "train/learning_rate": float(metrics[-1].learning_rate),
             "train/gradient_norm": _finite_or_none(float(np.mean([metric.gradient_norm for metric in metrics]))),
             "train/infeasible": int(sum(metric.infeasible for metric in metrics)),
             "train/skipped_steps": int(metrics[-1].skipped),

@@ -49,12 +49,14 @@ class TrainState:
 class StepMetrics:
     """Scalars of the global batch, on the device or fetched from it.
 
-    ``loss`` is per utterance, as it is differentiated; ``utterances``, ``infeasible`` ones among them and
-    ``audio_samples`` are counts; ``skipped`` and ``skipped_in_a_row`` are those of the state after the step.
+    ``loss`` is per utterance, as it is differentiated; ``learning_rate`` is that of the base model; ``utterances``,
+    ``infeasible`` ones among them and ``audio_samples`` are counts; ``skipped`` and ``skipped_in_a_row`` are those of
+    the state after the step.
     """
 
     loss: PyTree
     gradient_norm: PyTree
+    learning_rate: PyTree
     utterances: PyTree
     infeasible: PyTree
     audio_samples: PyTree
@@ -119,6 +121,7 @@ def train_step(
 
     norm = optax.tree.norm(gradients)
     taken = jnp.isfinite(loss) & jnp.isfinite(norm) & ~_is_spike(state, loss, norm, spike_factor)
+    rate = optimizer.learning_rate(state.step - state.skipped)
     updates, moved = optimizer.update(gradients, state.optimizer, state.params, head_only=head_only)
     keep = partial(jax.tree.map, lambda new, old: jnp.where(taken, new, old))
     skipped = (~taken).astype(jnp.int32)
@@ -133,7 +136,16 @@ def train_step(
         average_norm=keep(state.average_norm + weight * (norm - state.average_norm), state.average_norm),
     )
     samples = jnp.where(batch["valid"], batch["sample_lengths"], 0).sum(dtype=jnp.float32)
-    metrics = StepMetrics(loss, norm, batch["valid"].sum(), infeasible, samples, state.skipped, state.skipped_in_a_row)
+    metrics = StepMetrics(
+        loss=loss,
+        gradient_norm=norm,
+        learning_rate=rate,
+        utterances=batch["valid"].sum(),
+        infeasible=infeasible,
+        audio_samples=samples,
+        skipped=state.skipped,
+        skipped_in_a_row=state.skipped_in_a_row,
+    )
     return state, metrics
 
 

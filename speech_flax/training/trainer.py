@@ -15,7 +15,6 @@ from speech_flax.training.evaluation import Evaluation, describe, evaluate
 from speech_flax.training.experiment import Experiment
 from speech_flax.training.goodput import Clock
 from speech_flax.training.metrics_log import MetricsLog
-from speech_flax.training.optimizer import learning_rate_schedule
 from speech_flax.training.processes import StopRequest
 from speech_flax.training.profiling import ProfilerTrace
 from speech_flax.training.programs import Programs
@@ -64,7 +63,6 @@ class Trainer:
         self.checkpoints = checkpoints
         self.stop = stop
         self.watchdog = watchdog
-        self.learning_rate = learning_rate_schedule(experiment.optimizer, experiment.steps)
         self.clock = Clock()
         self.rows_seen = 0
         self.bad_rows = 0
@@ -100,7 +98,6 @@ class Trainer:
             first_step=first,
             plan=self.splits["train"].plan,
             log=log,
-            learning_rate=self.learning_rate,
             log_every=experiment.log_every,
             evaluate_every=experiment.evaluate_every if "validation" in self.splits else None,
             clock=self.clock,
