@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from random_parameters import random_parameters
 import soundfile
 
 import speech_flax
@@ -55,11 +56,7 @@ def saved(directory: Path, name: str, **changes: object) -> tuple[Path, object]:
     extractor = Wav2Vec2FeatureExtractor() if is_hubert else SeamlessM4TFeatureExtractor(feature_size=8, num_mel_bins=8)
     inputs = dict(extractor(WAVEFORM, sampling_rate=16_000, return_tensors="np"))
     model = getattr(speech_flax, name)(config)
-    params = jax.jit(model.init)(jax.random.key(0), **inputs)["params"]
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    moved = [leaf + 0.3 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    params = jax.tree.unflatten(structure, moved)
+    params = random_parameters(model, **inputs)
     model.save_pretrained(directory, model, params)
     extractor.save_pretrained(directory)
     return directory, jax.jit(lambda: model.apply({"params": params}, **inputs))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_parameters import random_parameters
 
 import speech_flax
 from speech_flax import HubertConfig, Wav2Vec2BertConfig
@@ -49,11 +50,7 @@ def random(*shape: int) -> np.ndarray:
 def initialised(name: str, config, inputs: np.ndarray):
     """A model, and parameters none of which is trivial."""
     model = getattr(speech_flax, name)(config)
-    params = jax.jit(model.init)(jax.random.key(0), inputs)["params"]
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    moved = [leaf + 0.3 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return model, jax.tree.unflatten(structure, moved)
+    return model, random_parameters(model, inputs)
 
 
 def outputs_alone_and_padded(model, params, inputs, length, padded_length) -> tuple[dict, dict]:

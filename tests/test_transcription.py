@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_parameters import random_parameters
 import soundfile
 
 from speech_flax import SeamlessM4TFeatureExtractor, Wav2Vec2BertConfig, Wav2Vec2BertForCTC, Wav2Vec2BertProcessor
@@ -71,12 +72,11 @@ def tiny_model(add_adapter: bool = False) -> tuple[Wav2Vec2BertForCTC, dict]:
         intermediate_size=32,
         output_hidden_size=16,
         conv_depthwise_kernel_size=3,
-        initializer_range=0.3,
         mask_time_prob=0.0,
         add_adapter=add_adapter,
     )
     model = Wav2Vec2BertForCTC(config)
-    return model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 160)))["params"]
+    return model, random_parameters(model, jnp.zeros((1, 8, 160)))
 
 
 def without_attention(params: dict) -> dict:
