@@ -6,8 +6,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from random_parameters import random_parameters
 import soundfile
+from random_parameters import random_parameters
 
 import speech_flax
 from speech_flax import HubertConfig, SeamlessM4TFeatureExtractor, Wav2Vec2BertConfig, Wav2Vec2FeatureExtractor

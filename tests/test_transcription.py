@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_parameters import random_parameters
 import soundfile
+from random_parameters import random_parameters
 
 from speech_flax import SeamlessM4TFeatureExtractor, Wav2Vec2BertConfig, Wav2Vec2BertForCTC, Wav2Vec2BertProcessor
 from speech_flax.cli import main
