@@ -159,6 +159,32 @@ def test_log_goes_on_as_if_it_had_never_been_interrupted(tmp_path):
     assert [(row["step"], row["train/loss"]) for row in rows] == [(2, 0.5), (4, 0.25), (6, 0.5)]
 
 
+def test_evaluation_that_is_done_again_replaces_what_was_logged_of_it(tmp_path):
+    log = MetricsLog(tmp_path, 0)
+    log.write(4, {"validation/loss": 3.0})
+    log.write(8, {"train/loss": 1.0})
+    log.write(8, {"validation/loss": 2.0})
+    log.close()
+    log = MetricsLog(tmp_path, 8, evaluated=False)
+    log.write(8, {"validation/loss": 1.5})
+    log.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [
+        {"step": 4, "validation/loss": 3.0},
+        {"step": 8, "train/loss": 1.0},
+        {"step": 8, "validation/loss": 1.5},
+    ]
+
+
+def test_two_parts_of_a_run_within_a_second_have_files_of_their_own_for_tensorboard(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.time", lambda: 1_700_000_000.0)
+    for first_step in (0, 8):
+        log = MetricsLog(tmp_path, first_step)
+        log.write(first_step + 1, {"train/loss": 1.0})
+        log.close()
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+
+
 def test_weights_and_biases_get_the_same_numbers_when_asked_for(tmp_path, monkeypatch):
     calls = []
     run = types.SimpleNamespace(

@@ -15,7 +15,9 @@ from tone_corpus import write_config, write_corpus
 
 from speech_flax.cli import main
 from speech_flax.configuration import HubertConfig
-from speech_flax.training.processes import check_agreement
+from speech_flax.training.experiment import ExperimentError, read_experiment
+from speech_flax.training.processes import check_agreement, together
+from speech_flax.training.run_directory import RunDirectory
 
 
 @pytest.fixture(scope="module")
@@ -184,9 +186,21 @@ def test_pretrained_model_of_another_family_is_refused(refused, tmp_path):
 
 def test_run_directory_of_another_experiment_is_refused(refused, corpus, tmp_path, capfd):
     directory = tmp_path / "run"
-    directory.mkdir()
+    (directory / "checkpoints" / "2").mkdir(parents=True)
     write_config(directory / "config.yaml", corpus, directory)
     assert "optimizer.learning_rate" in refused("--optimizer.learning_rate=1")
+
+
+def test_start_that_came_to_no_checkpoint_does_not_hold_its_directory(corpus, tmp_path):
+    directory = tmp_path / "run"
+    run = RunDirectory(read_experiment(write_config(tmp_path / "first.yaml", corpus, directory)))
+    run.open(read_experiment(tmp_path / "first.yaml"), {"utterances": "of that start"})
+    other = read_experiment(write_config(tmp_path / "other.yaml", corpus, directory, optimizer={"learning_rate": 1e-4}))
+    assert RunDirectory(other).plan() is None
+    (directory / "checkpoints" / "2").mkdir(parents=True)
+    with pytest.raises(ExperimentError, match=r"learning_rate"):
+        RunDirectory(other)
+    assert RunDirectory(read_experiment(tmp_path / "first.yaml")).plan() == {"utterances": "of that start"}
 
 
 def test_resuming_what_is_no_run_is_refused(tmp_path, capfd):
@@ -205,6 +219,26 @@ def test_processes_with_different_data_are_refused(monkeypatch):
     monkeypatch.setattr(multihost_utils, "process_allgather", lambda digest: np.stack([digest, digest, digest ^ 1]))
     with pytest.raises(ValueError, match="the settings of process 2 differ from those of process 0"):
         check_agreement("the settings", "text")
+
+
+def test_failure_of_one_process_ends_all(monkeypatch):
+    assert together(lambda: 5) == 5
+    told = []
+
+    def everyone(own: str | None) -> list[str | None]:
+        told.append(own)
+        return [own, "no such file: b.csv"]
+
+    monkeypatch.setattr("speech_flax.training.processes.exchange", everyone)
+    with pytest.raises(ValueError, match=r"^process 1: no such file: b.csv$"):
+        together(lambda: 5)
+
+    def fails() -> None:
+        raise FileNotFoundError("no such file: a.csv")
+
+    with pytest.raises(FileNotFoundError, match=r"a\.csv"):
+        together(fails)
+    assert told == [None, "no such file: a.csv"]
 
 
 def test_help_explains_every_option(capsys):

@@ -195,6 +195,29 @@ def test_spike_is_skipped_once_the_average_is_known():
     assert step(state, batch(3.0))[0].skipped == 0  # 9 times
 
 
+def test_small_losses_are_no_yardstick_for_a_spike():
+    state, step = stepper(dataclasses.replace(PLAIN, learning_rate=1e-9), spike_factor=10.0)
+    for _ in range(60):
+        state, metrics = step(state, batch(0.01))
+    assert metrics.loss < 0.01 and metrics.gradient_norm < 0.01
+    assert step(state, batch(0.3))[0].skipped == 0  # 900 times as much, but 3.2
+    assert step(state, batch(1.0))[0].skipped == 1
+
+
+def test_averages_of_the_head_do_not_judge_the_whole_model():
+    settings = dataclasses.replace(PLAIN, learning_rate=1e-9, head_only_steps=60)
+    state, head_step = stepper(settings, spike_factor=1.5, head_only=True)
+    _, whole_step = stepper(settings, spike_factor=1.5)
+    for _ in range(60):
+        state, head_metrics = head_step(state, batch(1.0))
+    after, metrics = whole_step(state, batch(1.0))
+    assert metrics.gradient_norm > 1.5 * head_metrics.gradient_norm, "it would be a spike beside the head's"
+    assert after.skipped == 0 and after.averaged == 1 and after.average_norm == metrics.gradient_norm
+    for _ in range(60):
+        after, _ = whole_step(after, batch(1.0))
+    assert whole_step(after, batch(2.0))[0].skipped == 1
+
+
 def test_gradients_are_clipped_by_their_global_norm():
     state, step = stepper(dataclasses.replace(PLAIN, max_gradient_norm=0.5, epsilon=1.0, betas=(0.0, 0.0)))
     after, metrics = step(state, batch(1.0))

@@ -15,7 +15,7 @@ from speech_flax.training.evaluation import Evaluation, describe, evaluate
 from speech_flax.training.experiment import Experiment, ExperimentError, experiment_yaml
 from speech_flax.training.metrics_log import check_wandb
 from speech_flax.training.optimizer import Optimizer
-from speech_flax.training.processes import StopRequest, check_agreement, join_processes
+from speech_flax.training.processes import StopRequest, check_agreement, join_processes, together
 from speech_flax.training.programs import Programs, parameter_count, training_programs, use_compilation_cache
 from speech_flax.training.progress import say
 from speech_flax.training.run_directory import RunDirectory
@@ -23,7 +23,7 @@ from speech_flax.training.sharding import check_heads, make_mesh
 from speech_flax.training.step import TrainState
 from speech_flax.training.stream_corpus import StreamSplit, open_stream
 from speech_flax.training.task import LABEL_COLUMNS, Task, load_task, make_task
-from speech_flax.training.trainer import Stopped, Trainer, TrainingError
+from speech_flax.training.trainer import Stopped, Trainer
 from speech_flax.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -37,21 +37,22 @@ def train(experiment: Experiment) -> dict[str, Any] | None:
 
     Raises:
         ExperimentError, ShardingError, SourceError, CheckpointError: for what is wrong with the experiment.
-        TrainingError: when too many files are bad or the loss stays non-finite.
+        speech_flax.training.trainer.TrainingError: when too many files are bad or the loss stays non-finite.
     """
     join_processes(experiment.distributed)
     use_compilation_cache(experiment.cache_directory)
     check_wandb(experiment.wandb_project)
     check_agreement("the settings", experiment_yaml(experiment))
-    run = RunDirectory(experiment)
+    run = together(partial(RunDirectory, experiment))
     if (results := run.finished()) is not None:
         say(f"{run.path} holds a finished run: {_summary(results)}. Delete it or choose another run_directory.")
         return results
 
     mesh = make_mesh(experiment.mesh)
-    splits = open_splits(experiment, mesh, run)
-    check_agreement("the training utterances", str(splits["train"].plan_record()))
-    task, load_weights = make_task(experiment, splits["train"].labels())
+    splits = together(partial(open_splits, experiment, mesh, run))
+    for name, split in splits.items():
+        check_agreement(f"the utterances of data.{name}", str(split.plan_record()))
+    task, load_weights = together(lambda: make_task(experiment, splits["train"].labels()))
     check_heads(mesh, task.model.config.num_attention_heads)
     warn_of_unknown_labels(splits, task)
     loaders = {
@@ -60,7 +61,7 @@ def train(experiment: Experiment) -> dict[str, Any] | None:
     programs = training_programs(experiment, task, mesh)
 
     checkpoints = Checkpoints(run.checkpoints, experiment.keep_checkpoints, experiment.keep_every)
-    pretrained = load_weights() if load_weights is not None and not checkpoints.steps() else None
+    pretrained = together(load_weights) if load_weights is not None and not checkpoints.steps() else None
     run.open(experiment, splits["train"].plan_record())  # nothing is written before: all that can be wrong is checked
     say(splits["train"].plan.summary())
     say(f"{parameter_count(programs.abstract_state.params) / 1e6:.2f} M parameters on {mesh.size} device(s)")
@@ -75,8 +76,8 @@ def train(experiment: Experiment) -> dict[str, Any] | None:
             return finish(trainer, state) if int(state.step) == experiment.steps else _say_stopped(run)
         except Stopped:
             return _say_stopped(run)
-        except TrainingError:
-            checkpoints.close()
+        except Exception:
+            checkpoints.close()  # of the steps before
             raise
         finally:
             programs.abandon_ahead()
@@ -128,14 +129,15 @@ def finish(trainer: Trainer, state: TrainState) -> dict[str, Any]:
         "skipped_steps": int(state.skipped),
         "bad_files": trainer.bad_files,
     }
-    evaluation = None
+    evaluation, log = None, trainer.open_log(experiment.steps, evaluated=False)
     for name in ("validation", "test"):
         if name in trainer.splits:
             evaluation = trainer.evaluate(state.params, name)
             results |= {name: evaluation.numbers(), **evaluation.metrics}
-            if (log := trainer.open_log(experiment.steps)) is not None:
+            if log is not None:
                 log.write(experiment.steps, {f"{name}/{key}": value for key, value in evaluation.numbers().items()})
-                log.close()
+    if log is not None:
+        log.close()
     if evaluation is not None:
         results["examples"] = [dataclasses.asdict(row) for row in trainer.task.examples(evaluation.rows)]
     run.write_results(results)

@@ -29,13 +29,20 @@ _COPY_SECONDS = 30.0
 class MetricsLog:
     """One JSON object per line in ``metrics.jsonl``, and the same numbers elsewhere.
 
-    Lines of steps after ``first_step`` are dropped when a run goes on from an earlier checkpoint: the log reads as if
-    the run had never been interrupted. In a bucket it is written anew every half minute and in :meth:`flush`.
+    Lines of steps after ``first_step`` are dropped when a run goes on from an earlier checkpoint, and those of its
+    evaluation if ``evaluated`` says that it is to be done again: no step is logged twice. The means of the first line
+    after a checkpoint are of the steps since. In a bucket the log is written anew every half minute and in
+    :meth:`flush`.
     """
 
-    def __init__(self, directory: AnyPath, first_step: int, wandb_project: str | None = None):
+    def __init__(
+        self, directory: AnyPath, first_step: int, wandb_project: str | None = None, *, evaluated: bool = True
+    ):
+        def is_kept(row: dict[str, Any]) -> bool:
+            return row["step"] < first_step or (row["step"] == first_step and (evaluated or "train/loss" in row))
+
         path = directory / "metrics.jsonl"
-        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= first_step]
+        kept = [line for line in _complete_lines(path) if is_kept(json.loads(line))]
         self._lines = _FileLines(path, kept) if isinstance(path, Path) else _BucketLines(path, kept)
         self._board_directory, self._first_step = str(directory / "tensorboard"), first_step
         self._wandb = None
@@ -53,7 +60,8 @@ class MetricsLog:
         """Opened when there is something to write, while the device is at work: its import takes a second."""
         from tensorboardX import SummaryWriter
 
-        return SummaryWriter(self._board_directory, purge_step=self._first_step + 1)
+        first = self._first_step + 1
+        return SummaryWriter(self._board_directory, purge_step=first, filename_suffix=f".{first}")  # names hold seconds
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append ``values`` of ``step``; keys are ``train/loss`` and the like."""

@@ -4,11 +4,14 @@ import hashlib
 import json
 import os
 import signal
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+_T = TypeVar("_T")
 
 
 def join_processes(distributed: bool) -> None:
@@ -47,6 +50,29 @@ def check_agreement(what: str, text: str) -> None:
             f"{what} of process {different[0]} differ from those of process 0; start all processes with the same "
             "command, on the same files"
         )
+
+
+def together(work: Callable[[], _T]) -> _T:
+    """What ``work`` returns; where it fails on one process, all fail at once instead of waiting for that one.
+
+    ``work`` itself must not wait for other processes; all must call this together.
+
+    Raises:
+        ValueError: naming the process, where another one failed.
+        Exception: what ``work`` raises.
+    """
+    failure = None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    messages = exchange(None if failure is None else str(failure) or type(failure).__name__)
+    if failure is not None:
+        raise failure
+    for index, message in enumerate(messages):
+        if message is not None:
+            raise ValueError(f"process {index}: {message}")
+    return result
 
 
 def exchange(own: Any) -> list[Any]:

@@ -39,8 +39,8 @@ class RunDirectory:
         self._check_same(experiment)
 
     def _check_same(self, experiment: Experiment) -> None:
-        """Refuse to mix two experiments in one directory."""
-        if not exists(self.config):
+        """Refuse to mix two experiments in one directory; one that never came to a checkpoint left nothing to mix."""
+        if not (exists(self.config) and self._has_checkpoint()):
             return
         changed = [name for name in differences(read_experiment(self.config), experiment) if name not in _FREE]
         if changed:
@@ -49,13 +49,16 @@ class RunDirectory:
                 "run_directory, or delete that one"
             )
 
+    def _has_checkpoint(self) -> bool:
+        return exists(self.checkpoints) and any(path.name.isdigit() for path in self.checkpoints.iterdir())
+
     def finished(self) -> dict[str, Any] | None:
         """The results of a run that has come to its end, or ``None``."""
-        return json.loads(self.results.read_text()) if self.results.exists() else None
+        return json.loads(self.results.read_text()) if exists(self.results) else None
 
     def plan(self) -> dict[str, Any] | None:
         """How the training utterances of an unfinished run are batched; see :meth:`Split.plan_record`."""
-        return json.loads(self._plan.read_text()) if self._plan.exists() else None
+        return json.loads(self._plan.read_text()) if exists(self._plan) and self._has_checkpoint() else None
 
     def open(self, experiment: Experiment, plan: dict[str, Any]) -> None:
         """Create the directory and describe the run in it. The configuration comes last: with it, all is there."""

@@ -27,8 +27,9 @@ class TrainState:
 
     ``step`` counts batches, skipped ones included; ``skipped`` counts those whose loss or gradient was not finite or a
     spike, and ``skipped_in_a_row`` the last uninterrupted run of them. ``average_loss`` and ``average_norm`` follow the
-    loss and the gradient norm of the steps that were not skipped. All but ``params`` and ``optimizer`` are scalars;
-    shapes, shardings and checksums come in trees of this type, too.
+    loss and the gradient norm of the ``averaged`` last steps that were not skipped; they begin anew when the base model
+    joins the head. All but ``params`` and ``optimizer`` are scalars; shapes, shardings and checksums come in trees of
+    this type, too.
     """
 
     step: PyTree
@@ -36,13 +37,14 @@ class TrainState:
     optimizer: PyTree
     skipped: PyTree
     skipped_in_a_row: PyTree
+    averaged: PyTree
     average_loss: PyTree
     average_norm: PyTree
 
     @classmethod
     def create(cls, params: PyTree, optimizer: Optimizer) -> "TrainState":
         count, average = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
-        return cls(count, params, optimizer.init(params), count, count, average, average)
+        return cls(count, params, optimizer.init(params), count, count, count, average, average)
 
 
 @flax.struct.dataclass
@@ -76,8 +78,8 @@ def _micro_batches(batch: dict[str, Array], accumulation: int) -> dict[str, Arra
 def _is_spike(state: TrainState, loss: Array, norm: Array, factor: float) -> Array:
     if not factor:
         return jnp.bool_(False)
-    high = (loss > factor * state.average_loss) | (norm > factor * state.average_norm)
-    return high & (state.step - state.skipped >= _STEPS_BEFORE_SPIKES)
+    usual_loss, usual_norm = (jnp.maximum(1.0, average) for average in (state.average_loss, state.average_norm))
+    return ((loss > factor * usual_loss) | (norm > factor * usual_norm)) & (state.averaged >= _STEPS_BEFORE_SPIKES)
 
 
 def train_step(
@@ -94,9 +96,12 @@ def train_step(
     """One optimizer step on one global batch.
 
     The loss is the sum over the batch's valid utterances divided by their number, over all devices and micro-batches.
-    A step whose loss or gradient is not finite, or ``spike_factor`` times its running average, leaves parameters and
-    optimizer as they were. With ``head_only`` the base model is not trained, nor its gradient computed.
+    A step whose loss or gradient is not finite, or ``spike_factor`` times its running average (at least 1), leaves
+    parameters and optimizer as they were. With ``head_only`` the base model is not trained, nor its gradient computed.
     """
+    if optimizer.settings.head_only_steps and not head_only:  # gradients of the head alone say nothing of the whole
+        joined = state.step == optimizer.settings.head_only_steps
+        state = state.replace(averaged=jnp.where(joined, 0, state.averaged))
     held = optimizer.held(state.params, head_only=head_only)
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     count = jnp.maximum(batch["valid"].sum(), 1)
@@ -125,15 +130,16 @@ def train_step(
     updates, moved = optimizer.update(gradients, state.optimizer, state.params, head_only=head_only)
     keep = partial(jax.tree.map, lambda new, old: jnp.where(taken, new, old))
     skipped = (~taken).astype(jnp.int32)
-    weight = 1 / jnp.minimum(state.step - state.skipped + 1, _AVERAGED_STEPS)
+    averaged = jnp.minimum(state.averaged + 1, _AVERAGED_STEPS)
     state = TrainState(
         step=state.step + 1,
         params=keep(optax.apply_updates(state.params, updates), state.params),
         optimizer=keep(moved, state.optimizer),
         skipped=state.skipped + skipped,
         skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,
-        average_loss=keep(state.average_loss + weight * (loss - state.average_loss), state.average_loss),
-        average_norm=keep(state.average_norm + weight * (norm - state.average_norm), state.average_norm),
+        averaged=keep(averaged, state.averaged),
+        average_loss=keep(state.average_loss + (loss - state.average_loss) / averaged, state.average_loss),
+        average_norm=keep(state.average_norm + (norm - state.average_norm) / averaged, state.average_norm),
     )
     samples = jnp.where(batch["valid"], batch["sample_lengths"], 0).sum(dtype=jnp.float32)
     metrics = StepMetrics(

@@ -67,6 +67,7 @@ class Trainer:
         self.rows_seen = 0
         self.bad_rows = 0
         self.bad_files: list[str] = []
+        self._to_validate = False
 
     def initial_state(self, pretrained: Any) -> TrainState:
         """The newest checkpoint's state, or the state before step 0."""
@@ -77,6 +78,7 @@ class Trainer:
         self.clock = Clock(progress["clock"])
         self.rows_seen, self.bad_rows = progress["rows_seen"], progress["bad_rows"]
         self.bad_files = progress["bad_files"]
+        self._to_validate = progress["to_validate"]
         self.loaders["train"].restore(progress["position"])
         say(f"continuing at step {int(state.step)} from {self.run_directory.checkpoints}")
         return state
@@ -104,6 +106,8 @@ class Trainer:
         )
         trace = ProfilerTrace(experiment.profile_steps, self.run_directory.profile)
         try:
+            if self._to_validate:  # it was asked to stop before it had
+                self._validate(first, state, progress)
             for batch in batches:
                 step = batch.step + 1
                 self._await_program(batch, progress)
@@ -128,7 +132,10 @@ class Trainer:
         """Validate and save where it is time to; whether ``step`` is the last."""
         experiment = self.experiment
         last = self.stop() or step == experiment.steps
-        if "validation" in self.splits and step % experiment.evaluate_every == 0 and not last:
+        self._to_validate = (
+            "validation" in self.splits and step % experiment.evaluate_every == 0 and step < experiment.steps
+        )
+        if self._to_validate and not last:
             try:
                 self._validate(step, state, progress)
             except Stopped:
@@ -176,11 +183,11 @@ class Trainer:
             logger.warning("%s: skipped %s", name, message)
         return evaluation
 
-    def open_log(self, first_step: int) -> MetricsLog | None:
+    def open_log(self, first_step: int, *, evaluated: bool = True) -> MetricsLog | None:
         """The log of the run from ``first_step`` on; ``None`` on processes other than 0."""
         if jax.process_index():
             return None
-        return MetricsLog(self.run_directory.path, first_step, self.experiment.wandb_project)
+        return MetricsLog(self.run_directory.path, first_step, self.experiment.wandb_project, evaluated=evaluated)
 
     def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches, counting how long the loop waits for them."""
@@ -207,12 +214,14 @@ class Trainer:
     def _validate(self, step: int, state: TrainState, progress: Progress) -> None:
         evaluation = self.evaluate(state.params, "validation")
         progress.write(step, {f"validation/{key}": value for key, value in evaluation.numbers().items()})
+        self._to_validate = False
         say(f"step {step}: validation {describe(evaluation.numbers())}")
 
     def _save(self, state: TrainState) -> None:
         with self.clock.spending("checkpoints"):
             progress = {"clock": self.clock.record(), "rows_seen": self.rows_seen, "bad_rows": self.bad_rows}
             progress |= {"bad_files": self.bad_files, "position": self.loaders["train"].position(int(state.step))}
+            progress |= {"to_validate": self._to_validate}
             self.checkpoints.save(state, progress)
 
     def _name_bad_files(self, batch: Batch) -> None:
