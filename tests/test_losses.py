@@ -174,6 +174,22 @@ def test_infeasible_rows_are_infinite_without_gradient():
     assert not whole[0].any()
 
 
+@pytest.mark.parametrize("platform", ["cpu", "default"])
+def test_labels_beyond_the_vocabulary_have_no_loss(monkeypatch, platform):
+    if platform == "default":
+        monkeypatch.setattr(losses_module, "for_platform", lambda *arrays, cpu, default: default(*arrays))
+    logits = np.random.default_rng(0).standard_normal((3, 9, 5)).astype(np.float32)
+    labels = np.array([[1, 5], [1, 5], [1, 4]])
+    losses, _ = jax.jit(ctc_loss)(logits, np.array([9, 9, 9]), labels, np.array([2, 1, 2]))
+    np.testing.assert_array_equal(np.isnan(losses), [True, False, False])
+
+
+@pytest.mark.parametrize("blank_id", [-1, 5])
+def test_blank_must_be_in_the_vocabulary(blank_id):
+    with pytest.raises(ValueError, match=f"is {blank_id}, which is no symbol of a vocabulary of 5"):
+        ctc_loss(jnp.zeros((1, 4, 5)), jnp.array([4]), jnp.array([[1]]), jnp.array([1]), blank_id=blank_id)
+
+
 def test_empty_labels_and_empty_rows():
     logits, *_ = random_case(3, 2)
     blank_only = -jax.nn.log_softmax(logits)[:, :, 0].cumsum(1)

@@ -119,6 +119,12 @@ def test_equal_error_rate_is_where_both_kinds_of_errors_are_alike(same, differen
     assert equal_error_rate(np.array(same + different), labels) == pytest.approx(expected)
 
 
+def test_what_is_no_number_is_not_scored_as_one():
+    nothing = float("nan")
+    assert np.isnan(equal_error_rate(np.array([0.9, 0.1, nothing]), np.array([True, False, False])))
+    assert np.isnan(pearson_correlation([1.0, 2.0], [nothing, nothing]))
+
+
 def test_equal_error_rate_needs_both_kinds_of_trials():
     with pytest.raises(ValueError, match="both kinds"):
         equal_error_rate(np.array([0.1, 0.2]), np.array([True, True]))

@@ -32,7 +32,7 @@ class RelativeKey(flax.struct.PyTreeNode):
     ) -> Float[Array, "batch heads queries {num_keys}"]:
         """Scores of a block of queries, of which the first is frame ``first_query``, before scaling."""
         queries = query.shape[2]
-        near = jnp.einsum("bhld,pd->bhlp", query, self.embeddings)
+        near = jnp.einsum("bhld,pd->bhlp", query, self.embeddings, preferred_element_type=jnp.float32)
         reach = num_keys + queries
         far_left = jnp.broadcast_to(near[..., :1], (*near.shape[:3], reach))
         far_right = jnp.broadcast_to(near[..., -1:], (*near.shape[:3], reach))
@@ -65,7 +65,8 @@ class Relative(flax.struct.PyTreeNode):
         queries = query.shape[2]
         padded = jnp.pad(self.projections, ((queries, queries), (0, 0), (0, 0)))  # blocks may end past the last key
         needed = lax.dynamic_slice_in_dim(padded, num_keys - first_query, num_keys + queries - 1, axis=0)
-        return skew(jnp.einsum("bhld,phd->bhlp", query + self.position_bias[:, None], needed), num_keys)
+        located = query + self.position_bias[:, None]
+        return skew(jnp.einsum("bhld,phd->bhlp", located, needed, preferred_element_type=jnp.float32), num_keys)
 
 
 Positions = RelativeKey | Relative | None

@@ -1,4 +1,4 @@
-"""Matrix products: with weights, whose gradient is fast on the CPU too, and of blocks inside kernels."""
+"""Matrix products: with weights and biases, whose gradients are fast and exact, and of blocks inside kernels."""
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +51,15 @@ def _over_rows_and_frames(inputs: Array, cotangent: Array) -> Array:
 
 
 weighted.defvjp(_forward, _backward)
+
+
+def biased(outputs: Float[Array, "*batch features"], bias: Float[Array, "features"]) -> Float[Array, "*batch features"]:
+    """``outputs + bias`` in the type of ``outputs``, but added in float32.
+
+    So is what is added up for the gradient of ``bias``, over all rows and frames: in bfloat16 it would be wrong by
+    percents.
+    """
+    return (outputs.astype(jnp.float32) + bias.astype(jnp.float32)).astype(outputs.dtype)
 
 
 def multiply(left: Array, right: Array, dimensions: tuple = PLAIN) -> Float[Array, "rows columns"]:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from speech_flax.configuration import HubertConfig
 from speech_flax.kernels.platforms import for_platform
-from speech_flax.kernels.products import kernel_gradient, weighted
+from speech_flax.kernels.products import biased, kernel_gradient, weighted
 from speech_flax.layers.feed_forward import activation
 from speech_flax.layers.normalization import InstanceNorm, LayerNorm
 from speech_flax.layers.sharding import shard_batch
@@ -123,7 +123,7 @@ class ValidConvolution(nn.Module):
         kernel = self.param("kernel", initializer, (self.width, inputs.shape[-1], self.features))
         outputs = valid_convolution(inputs.astype(self.dtype), kernel.astype(self.dtype), self.stride)
         if self.use_bias:
-            outputs = outputs + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+            outputs = biased(outputs, self.param("bias", nn.initializers.zeros, (self.features,)))
         return outputs
 
 

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from speech_flax.kernels.products import weighted
+from speech_flax.kernels.products import biased, weighted
 from speech_flax.layers.collectives import sum_scatter
 from speech_flax.layers.sharding import BATCH_AXES, batch_shards, parameter_spec
 
@@ -38,7 +38,7 @@ class Linear(nn.Module):
         else:
             outputs = weighted(inputs, kernel.astype(self.dtype))
         if self.use_bias:
-            outputs = outputs + self.param("bias", self.bias_init, (self.features,)).astype(self.dtype)
+            outputs = biased(outputs, self.param("bias", self.bias_init, (self.features,)))
         return outputs
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from speech_flax.configuration import HubertConfig
 from speech_flax.kernels.platforms import for_platform
+from speech_flax.kernels.products import biased
 from speech_flax.layers.feed_forward import activation
 from speech_flax.layers.sharding import sum_over_rows
 
@@ -141,7 +142,7 @@ class PositionalConvolution(nn.Module):
             kernel = direction * (scale / norm)[:, None, None]
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         inputs, kernel = inputs.astype(self.dtype), kernel.astype(self.dtype)
-        return grouped_convolution(inputs, kernel, groups, width // 2) + bias.astype(self.dtype)
+        return biased(grouped_convolution(inputs, kernel, groups, width // 2), bias)
 
 
 class FrozenBatchNorm(nn.Module):

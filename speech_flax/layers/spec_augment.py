@@ -44,7 +44,9 @@ def spec_augment(
     if masked is not None:
         if mask_embedding is None:
             raise ValueError("mask_time_indices needs a mask embedding: set config.mask_time_prob above 0")
-        hidden_states = jnp.where(masked[:, :, None], mask_embedding.astype(hidden_states.dtype), hidden_states)
+        # In float32, and so is the sum over all masked frames that is the embedding's gradient.
+        replaced = jnp.where(masked[:, :, None], mask_embedding, hidden_states.astype(jnp.float32))
+        hidden_states = replaced.astype(hidden_states.dtype)
     if config.mask_feature_prob > 0 and feature_key is not None:
         silenced = sample_mask_spans(
             feature_key,

@@ -33,13 +33,21 @@ def ctc_loss(
 
     Returns:
       The losses, and which utterances are feasible: those with at least one frame per label and one more between two
-      equal neighbours. An infeasible utterance has loss ``inf`` and gradient 0.
+      equal neighbours. An infeasible utterance has loss ``inf`` and gradient 0; one with a label beyond the vocabulary
+      has loss ``nan``.
+
+    Raises:
+      ValueError: the blank is no symbol of the vocabulary.
     """
+    vocabulary = logits.shape[-1]
+    if not 0 <= blank_id < vocabulary:
+        raise ValueError(f"the blank (pad_token_id) is {blank_id}, which is no symbol of a vocabulary of {vocabulary}")
     # Padding may hold any id, -100 say; a score looked up there would be NaN.
     labels = jnp.where(jnp.arange(labels.shape[1]) < label_lengths[:, None], labels, 0)
+    known = ((labels >= 0) & (labels < vocabulary)).all(-1)
     feasible = _feasible(logit_lengths, labels, label_lengths)
     losses = _ctc(logits.astype(jnp.float32), logit_lengths, labels, label_lengths, blank_id)
-    return jnp.where(feasible, losses, jnp.inf), feasible
+    return jnp.where(known, jnp.where(feasible, losses, jnp.inf), jnp.nan), feasible
 
 
 def compact_labels(

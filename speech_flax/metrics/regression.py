@@ -20,4 +20,4 @@ def pearson_correlation(references: Sequence[float], predictions: Sequence[float
     left, right = np.asarray(references, np.float64), np.asarray(predictions, np.float64)
     left, right = left - left.mean(), right - right.mean()
     norms = np.sqrt(np.square(left).sum() * np.square(right).sum())
-    return float((left * right).sum() / norms) if norms > 0 else 0.0
+    return 0.0 if norms == 0 else float((left * right).sum() / norms)

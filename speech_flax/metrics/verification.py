@@ -8,7 +8,7 @@ def equal_error_rate(scores: Float[np.ndarray, "trials"], same: Bool[np.ndarray,
     """Error rate at the threshold where as large a share of same-speaker trials is rejected as of others is accepted.
 
     Thresholds between scores are interpolated, so that the result does not depend on which of two neighbouring
-    thresholds is taken.
+    thresholds is taken. Not a number if any score is none.
 
     Raises:
       ValueError: all trials are of one kind.
@@ -16,6 +16,8 @@ def equal_error_rate(scores: Float[np.ndarray, "trials"], same: Bool[np.ndarray,
     if same.all() or not same.any():
         kind = "the same speaker" if same.all() else "different speakers"
         raise ValueError(f"all {same.size} trials are of {kind}; an equal error rate needs both kinds")
+    if np.isnan(scores).any():
+        return float("nan")
     thresholds = np.append(np.unique(scores), np.inf)
     rejected = np.searchsorted(np.sort(scores[same]), thresholds) / same.sum()
     accepted = 1 - np.searchsorted(np.sort(scores[~same]), thresholds) / (~same).sum()
