@@ -191,7 +191,7 @@ def _promised_frames(header: bytes) -> int | None:
         for line in header[:1024].decode("latin-1").splitlines():
             fields = line.split()
             if len(fields) == 3 and fields[0] == "sample_count":
-                return int(fields[2]) if fields[2].isdecimal() else None
+                return int(fields[2]) if fields[2].isdigit() else None
     return None
 
 
