@@ -1,7 +1,9 @@
 """Streams: the order of the data whoever reads it, from wherever reading begins, in every format."""
 
+import io
 import itertools
 import json
+import tarfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -340,8 +342,21 @@ def test_single_files_are_streamed_by_their_split_column(corpora, tmp_path):
     (tmp_path / "plain.jsonl").write_text(json.dumps(lines[0]) + "\n")
     with pytest.raises(SourceError, match=r"plain.jsonl has no split 'b'"):
         open_shards(str(tmp_path / "plain.jsonl"), "b")
+    with pytest.raises(SourceError, match=r"train-000.tar has no split 'validation': it has no column 'split'"):
+        open_shards(str(corpora["tar"] / "train-000.tar"), "validation")
     with pytest.raises(SourceError, match=r"train.csv cannot be streamed"):
         open_shards(str(corpora["files"] / "train.csv"), "train")
+
+
+def test_a_single_tar_is_streamed_by_its_column_of_splits(tmp_path):
+    with tarfile.open(tmp_path / "all.tar", "w") as archive:
+        for row in range(8):
+            for name, content in ((f"{row}.wav", b"audio"), (f"{row}.json", b'{"split": "%c"}' % b"ab"[row % 2])):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    shards = open_shards(str(tmp_path / "all.tar"), "b")
+    assert [(number, sample["__key__"]) for number, sample in shards.rows(0, 2)] == [(3, "3"), (5, "5"), (7, "7")]
 
 
 def test_data_to_evaluate_on_are_the_first_rows_of_a_stream(corpora):

@@ -15,7 +15,7 @@ import soundfile
 
 from speech_flax.audio.decoding import load_audio
 from speech_flax.data.sources import DataSource, open_source
-from speech_flax.data.tables import SourceError, read_table
+from speech_flax.data.tables import SourceError, may_be_hub_id, read_table
 
 TEXTS = ["one two", "drei vier", "five, six"]
 
@@ -227,6 +227,38 @@ def test_a_sample_of_a_shard_without_audio_is_refused(audio, tmp_path):
         read_table(str(tmp_path), "train")
 
 
+def test_keys_of_json_replace_neither_the_audio_nor_the_name_of_a_sample(audio, tmp_path):
+    fields = {"__key__": "same", "audio": "original/0.wav", "duration": 3.0}
+    with tarfile.open(tmp_path / "train.tar", "w") as archive:
+        for row, text in enumerate(TEXTS):
+            add(archive, f"{row}.wav", (audio / f"{row}.wav").read_bytes())
+            add(archive, f"{row}.json", json.dumps({**fields, "text": text}).encode())
+            add(archive, f"{row}.txt", text.encode())
+    utterances = open_source(DataSource(str(tmp_path)))
+    assert list(utterances.texts()) == TEXTS
+    assert list(utterances.ids()) == ["0", "1", "2"]
+    np.testing.assert_allclose(utterances.durations(), [0.1, 0.2, 0.3])
+    assert open_source(DataSource(str(tmp_path), duration_column="duration")).durations().tolist() == [3.0] * 3
+
+
+@pytest.mark.parametrize("write", [write_csv, write_parquet_of_paths, write_arrow, write_one_tar])
+def test_a_single_file_without_a_column_of_splits_is_training_data(write, audio, tmp_path):
+    path = str(write(audio, tmp_path))
+    assert read_table(path, "train").rows.size == 3
+    with pytest.raises(SourceError, match="has no split 'validation': it has no column 'split', so all its rows are"):
+        read_table(path, "validation")
+
+
+def test_a_single_tar_is_read_by_its_column_of_splits(audio, tmp_path):
+    with tarfile.open(tmp_path / "all.tar", "w") as archive:
+        for row in range(3):
+            add(archive, f"{row}.wav", (audio / f"{row}.wav").read_bytes())
+            fields = {"text": TEXTS[row], "split": ("train", "test")[row % 2]}
+            add(archive, f"{row}.json", json.dumps(fields).encode())
+    assert list(open_source(DataSource(str(tmp_path / "all.tar"))).texts()) == TEXTS[::2]
+    assert list(open_source(DataSource(str(tmp_path / "all.tar"), split="test")).texts()) == [TEXTS[1]]
+
+
 def test_durations_of_shards_are_remembered(audio, tmp_path):
     write_tar_shards(audio, tmp_path)
     for _ in range(2):
@@ -235,6 +267,23 @@ def test_durations_of_shards_are_remembered(audio, tmp_path):
         assert list(utterances.ids()) == ["clips/0", "clips/1", "clips/2"]
     with np.load(tmp_path / "durations.npz") as arrays:
         assert arrays["keys"].size == 3
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("mozilla-foundation/common_voice_16_1", True),
+        ("MLCommons/peoples_speech_v1.0", True),
+        ("corpora/table.csv", False),
+        ("corpora/train.Parquet", False),
+        ("corpora/train-0.tar.gz", False),
+        ("no/such/directory", False),
+        ("../corpora", False),
+        ("/corpora", False),
+    ],
+)
+def test_ids_on_the_hub_are_told_from_paths_that_do_not_exist(path, expected):
+    assert may_be_hub_id(path) == expected
 
 
 def test_a_missing_table_is_named():

@@ -1,16 +1,26 @@
 """Audio files to mono waveforms at one sampling rate."""
 
+import contextlib
 import io
 import math
+import stat
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32
 
+from speech_flax.audio.mpeg import with_frame_count
+
 #: Sampling rates outside of these (Hz) are taken for damage.
 _LOWEST_RATE, _HIGHEST_RATE = 1_000, 768_000
-#: Frames that a damaged header may promise without any file to hold them.
+#: Frames that no file holds; libsndfile gives more for files written to a pipe, whose headers do not know.
 _UNKNOWN_LENGTH = 2**40
+#: Bytes of audio in the header of a WAV file written to a pipe: at least these, a round number less at most a frame.
+_PIPED_BYTES = 0x7FFFF000 - 65_536
+#: Frames that are decoded at once where the length is not known.
+_BLOCK = 2**18
 
 
 class AudioError(ValueError):
@@ -34,18 +44,13 @@ def load_audio(
     Raises:
         AudioError: when the file is missing, empty, truncated, without audio, or of an absurd rate.
     """
-    import soundfile
-
     name = _name(source, name)
-    try:
-        with _open(source, name) as file:
-            rate, promised = _checked_rate(file, name), file.frames
-            samples = file.read(dtype="float32", always_2d=True)
-    except soundfile.LibsndfileError as error:
-        raise AudioError(f"{name}: cannot be decoded: {_cause(source, error.error_string)}") from error
-    if len(samples) == 0:
-        raise AudioError(f"{name}: holds no audio")
-    _check_complete(source, name, promised, len(samples))
+    with _opened(source, name) as file:
+        rate, promised = _checked_rate(file, name), file.frames
+        samples = _read(file)
+        if len(samples) == 0:
+            raise AudioError(f"{name}: holds no audio")
+        _check_complete(source, name, promised, len(samples))
     waveform = samples.mean(axis=1) if samples.shape[1] > 1 else samples[:, 0]
     if not np.isfinite(waveform).all():
         raise AudioError(f"{name}: holds samples that are no finite numbers")
@@ -62,20 +67,17 @@ def resample(waveform: Float[np.ndarray, "samples"], rate: int, target_rate: int
 
 
 def audio_duration(source: str | Path | bytes, name: str | None = None) -> float:
-    """Seconds of audio that a file's header promises.
+    """Seconds of audio that a file's header promises. Files whose header does not know are read to their end.
 
     Raises:
-        AudioError: when the header cannot be read or promises nothing.
+        AudioError: when the header cannot be read, or there is no audio.
     """
-    import soundfile
-
     name = _name(source, name)
-    try:
-        with _open(source, name) as file:
-            rate, frames = _checked_rate(file, name), file.frames
-    except soundfile.LibsndfileError as error:
-        raise AudioError(f"{name}: cannot be decoded: {_cause(source, error.error_string)}") from error
-    if not 0 < frames < _UNKNOWN_LENGTH:
+    with _opened(source, name) as file:
+        rate, frames = _checked_rate(file, name), file.frames
+        if frames >= _UNKNOWN_LENGTH:
+            frames = sum(len(block) for block in _blocks(file))
+    if frames <= 0:
         raise AudioError(f"{name}: holds no audio")
     return frames / rate
 
@@ -84,31 +86,72 @@ def _name(source: str | Path | bytes, name: str | None) -> str:
     return name or ("audio in memory" if isinstance(source, bytes) else str(source))
 
 
-def _open(source: str | Path | bytes, name: str):
+@contextlib.contextmanager
+def _opened(source: str | Path | bytes, name: str) -> Iterator[Any]:
+    """An open sound file. Whatever goes wrong with it, in the block too, is an :class:`AudioError`."""
+    import soundfile
+
+    try:
+        with _open(source, name) as file:
+            yield file
+    except AudioError:
+        raise
+    except soundfile.LibsndfileError as error:
+        raise AudioError(f"{name}: cannot be decoded: {_cause(source, error.error_string)}") from error
+    except (OSError, RuntimeError, ValueError, MemoryError) as error:
+        raise AudioError(f"{name}: cannot be decoded: {error}") from error
+
+
+def _open(source: str | Path | bytes, name: str) -> Any:
     """An open sound file, after the checks that give a clearer message than the decoder's."""
     import soundfile
 
     if isinstance(source, bytes):
         if not source:
             raise AudioError(f"{name}: is empty")
-        return soundfile.SoundFile(io.BytesIO(source))
-    path = Path(source)
-    if not str(source) or not path.exists():
-        raise AudioError(f"{name}: no such file" if str(source) else "an utterance has no audio file")
-    if path.is_dir():
-        raise AudioError(f"{name}: is a directory, not an audio file")
-    if path.stat().st_size == 0:
-        raise AudioError(f"{name}: is empty")
-    return soundfile.SoundFile(str(path))
+        file = soundfile.SoundFile(io.BytesIO(source))
+    else:
+        if not str(source):
+            raise AudioError("an utterance has no audio file")
+        try:
+            status = Path(source).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            raise AudioError(f"{name}: no such file") from None
+        if stat.S_ISDIR(status.st_mode):
+            raise AudioError(f"{name}: is a directory, not an audio file")
+        if status.st_size == 0:
+            raise AudioError(f"{name}: is empty")
+        file = soundfile.SoundFile(str(source))
+    if file.format == "MP3":  # libsndfile reads no further than it guesses the length to be
+        with io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as stream:
+            counted = with_frame_count(stream)
+        if counted is not None:
+            file.close()
+            return soundfile.SoundFile(io.BytesIO(counted))
+    return file
+
+
+def _read(file: Any) -> Float32[np.ndarray, "frames channels"]:
+    """All samples of an open sound file."""
+    if file.frames < _UNKNOWN_LENGTH:
+        return file.read(dtype="float32", always_2d=True)
+    return np.concatenate([np.empty((0, file.channels), np.float32), *_blocks(file)])
+
+
+def _blocks(file: Any) -> Iterator[Float32[np.ndarray, "frames channels"]]:
+    """The samples of an open sound file of unknown length, some at a time."""
+    file.seekable = lambda: False  # soundfile would seek after every block, which fails behind the last one
+    while len(block := file.read(_BLOCK, dtype="float32", always_2d=True)):
+        yield block
 
 
 def _cause(source: str | Path | bytes, message: str) -> str:
     """The decoder's message, made clearer where it can be."""
+    if not message.startswith("Format not recognised"):
+        return message.rstrip(".")
     if _header_bytes(source).startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer, not the file itself; run git lfs pull"
-    if message.startswith("Format not recognised"):
-        return "its format is not known (WAV, FLAC, MP3, Ogg, Opus, AIFF and SPHERE are); convert it"
-    return message.rstrip(".")
+    return "its format is not known (WAV, FLAC, MP3, Ogg, Opus, AIFF and SPHERE are); convert it"
 
 
 def _checked_rate(file, name: str) -> int:
@@ -159,6 +202,6 @@ def _riff_frames(header: bytes, order: str) -> int | None:
         if kind == b"fmt ":
             block = int.from_bytes(header[at + 20 : at + 22], order)
         if kind == b"data":
-            return size // block if block and size < 0x7FFFFF00 else None
+            return size // block if block and size < _PIPED_BYTES else None
         at += 8 + size + size % 2
     return None

@@ -1,14 +1,17 @@
-"""What feature extractors share: arrays by name, and the file that describes an extractor."""
+"""What feature extractors share: arrays by name, padding, and the file that describes an extractor."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 CONFIG_FILE = "preprocessor_config.json"
 #: Where Transformers 5 keeps the same fields, under ``feature_extractor``.
 PROCESSOR_FILE = "processor_config.json"
+#: Ways to pad; ``True`` is ``"longest"`` and ``False`` is ``"do_not_pad"``.
+_PADDINGS = (True, False, "longest", "max_length", "do_not_pad")
 
 
 class BatchFeature(dict):
@@ -22,7 +25,11 @@ class BatchFeature(dict):
 
 
 class FeatureExtractor:
-    """Base of the feature extractors: reading and writing ``preprocessor_config.json``."""
+    """Base of the feature extractors: padding, and reading and writing ``preprocessor_config.json``."""
+
+    input_name: ClassVar[str]
+    padding_value: float
+    return_attention_mask: bool
 
     @classmethod
     def from_pretrained(cls, directory_or_hub_id: str | Path, **changes: Any) -> "FeatureExtractor":
@@ -42,6 +49,68 @@ class FeatureExtractor:
             f"{directory / CONFIG_FILE} does not exist: {directory_or_hub_id} holds no feature extractor"
         )
 
+    def pad(
+        self,
+        features: Sequence[dict[str, Any]] | dict[str, Any],
+        padding: bool | str = True,
+        max_length: int | None = None,
+        truncation: bool = False,
+        pad_to_multiple_of: int | None = None,
+        return_attention_mask: bool | None = None,
+        return_tensors: str | None = "np",
+    ) -> BatchFeature:
+        """What was extracted before, cut and padded: the input ``[batch, length, ...]`` and, if wanted, its
+        ``attention_mask`` ``[batch, length]``.
+
+        Args:
+            features: One dictionary per utterance, or one of lists or arrays; masks that come along are kept, others
+                are all ones. Lengths are those of the input: samples, or vectors of stacked frames.
+            padding: To the longest (``True`` or ``"longest"``), to ``max_length`` (``"max_length"``), or not at all
+                (``False`` or ``"do_not_pad"``).
+            max_length: Length to pad or, with ``truncation``, to cut to.
+            truncation: Cut to ``max_length``.
+            pad_to_multiple_of: Rounds up the padded length, and ``max_length``.
+            return_attention_mask: Whether to return the mask; default: as the extractor was made.
+            return_tensors: ``"np"``, ``"jax"``, or ``None`` for lists of arrays.
+
+        Raises:
+            ValueError: for features without the input, another ``padding``, a missing ``max_length``, or utterances of
+                unequal length without padding into one array.
+        """
+        if padding not in _PADDINGS:
+            raise ValueError(f"padding must be one of {', '.join(map(repr, _PADDINGS))}, not {padding!r}")
+        if (truncation or padding == "max_length") and max_length is None:
+            raise ValueError("truncation and padding to 'max_length' need max_length")
+        multiple = pad_to_multiple_of or 1
+        max_length = None if max_length is None else -(-max_length // multiple) * multiple
+        cut = max_length if truncation else None
+        pairs = [(values[:cut], mask[:cut]) for values, mask in self._inputs_and_masks(features)]
+        length = 0
+        if padding == "max_length":
+            length = max_length
+        elif padding and padding != "do_not_pad":
+            length = -(-max((len(values) for values, _ in pairs), default=0) // multiple) * multiple
+        output = BatchFeature({self.input_name: [extended(values, length, self.padding_value) for values, _ in pairs]})
+        if self.return_attention_mask if return_attention_mask is None else return_attention_mask:
+            output["attention_mask"] = [extended(mask, length, 0) for _, mask in pairs]
+        return output if return_tensors is None else as_arrays(output, return_tensors)
+
+    def _inputs_and_masks(
+        self, features: Sequence[dict[str, Any]] | dict[str, Any]
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        if isinstance(features, dict):
+            names = [name for name in (self.input_name, "attention_mask") if name in features]
+            columns = (features[name] for name in names)
+            features = [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+        pairs = []
+        for item in features:
+            if self.input_name not in item:
+                raise ValueError(f"features to pad need {self.input_name!r}, but have {', '.join(map(repr, item))}")
+            values = np.asarray(item[self.input_name], np.float32)
+            mask = item.get("attention_mask")
+            pairs.append((values, np.ones(len(values), np.int32) if mask is None else np.asarray(mask, np.int32)))
+        return pairs
+
     def to_dict(self) -> dict[str, Any]:
         """The content of ``preprocessor_config.json``."""
         raise NotImplementedError
@@ -58,6 +127,12 @@ def _read(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
+
+
+def extended(values: np.ndarray, length: int, padding_value: int | float) -> np.ndarray:
+    """``values`` with ``padding_value`` behind them, up to ``length``."""
+    missing = max(0, length - len(values))
+    return np.pad(values, ((0, missing), *[(0, 0)] * (values.ndim - 1)), constant_values=padding_value)
 
 
 def as_arrays(features: BatchFeature, kind: str) -> BatchFeature:

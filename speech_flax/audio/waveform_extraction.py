@@ -1,12 +1,11 @@
 """The feature extractor of HuBERT, with the interface and the file of Transformers: the waveform itself, normalised."""
 
 import logging
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from speech_flax.audio.features import BatchFeature, FeatureExtractor, as_arrays
+from speech_flax.audio.features import BatchFeature, FeatureExtractor, as_arrays, extended
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +30,8 @@ class Wav2Vec2FeatureExtractor(FeatureExtractor):
     Raises:
         ValueError: for padding on the left.
     """
+
+    input_name: ClassVar[str] = "input_values"
 
     def __init__(
         self,
@@ -100,46 +101,6 @@ class Wav2Vec2FeatureExtractor(FeatureExtractor):
             output["input_values"] = [self._normalized(waveform, mask) for waveform, mask in pairs]
         return output if return_tensors is None else as_arrays(output, return_tensors)
 
-    def pad(
-        self,
-        features: Sequence[dict[str, Any]] | dict[str, Any],
-        padding: bool | str = True,
-        max_length: int | None = None,
-        truncation: bool = False,
-        pad_to_multiple_of: int | None = None,
-        return_attention_mask: bool | None = None,
-        return_tensors: str | None = None,
-    ) -> BatchFeature:
-        """Pad ``input_values`` that were extracted before, without normalising them again; see :meth:`__call__`.
-
-        Masks that come with them are kept; others are all ones. Padded samples get 0.
-        """
-        if isinstance(features, dict):
-            names = [name for name in ("input_values", "attention_mask") if name in features]
-            columns = (features[name] for name in names)
-            features = [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
-        wants_mask = self.return_attention_mask if return_attention_mask is None else return_attention_mask
-        if (truncation or padding == "max_length") and max_length is None:
-            raise ValueError("truncation and padding to 'max_length' need max_length, in samples")
-        if max_length is not None and pad_to_multiple_of:
-            max_length = -(-max_length // pad_to_multiple_of) * pad_to_multiple_of
-        cut = max_length if truncation else None
-        waveforms = [np.asarray(item["input_values"], np.float32)[:cut] for item in features]
-        masks = [
-            np.asarray(item.get("attention_mask", np.ones(len(waveform))), np.int32)[:cut]
-            for item, waveform in zip(features, waveforms, strict=True)
-        ]
-        length = 0
-        if padding == "max_length":
-            length = max_length
-        elif padding and padding != "do_not_pad":
-            length = max(map(len, waveforms), default=0)
-            length = -(-length // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
-        output = BatchFeature(input_values=[_extended(one, length, self.padding_value) for one in waveforms])
-        if wants_mask:
-            output["attention_mask"] = [_extended(mask, length, 0) for mask in masks]
-        return output if return_tensors is None else as_arrays(output, return_tensors)
-
     def _normalized(self, waveform: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         """Zero mean and unit variance of the samples that count, on the left; the others become the padding value."""
         length = len(waveform) if mask is None else int(mask.sum())
@@ -147,7 +108,7 @@ class Wav2Vec2FeatureExtractor(FeatureExtractor):
             return waveform
         speech = waveform[:length]
         normalized = (speech - speech.mean()) / np.sqrt(speech.var() + np.float32(_EPSILON))
-        return _extended(normalized, len(waveform), self.padding_value)
+        return extended(normalized, len(waveform), self.padding_value)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -161,10 +122,6 @@ class Wav2Vec2FeatureExtractor(FeatureExtractor):
             "return_attention_mask": self.return_attention_mask,
             "sampling_rate": self.sampling_rate,
         }
-
-
-def _extended(values: np.ndarray, length: int, padding_value: int | float) -> np.ndarray:
-    return np.pad(values, (0, max(0, length - len(values))), constant_values=padding_value)
 
 
 def _mono_waveforms(raw_speech: Any) -> list[np.ndarray]:

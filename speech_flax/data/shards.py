@@ -14,6 +14,7 @@ from speech_flax.data.tables import (
     load_bucket,
     load_dataset,
     may_be_hub_id,
+    require_whole,
     table_of_columns,
     tar_paths,
 )
@@ -48,18 +49,21 @@ class TarShards:
     """Tar files as WebDataset writes them. A row says where its audio lies; the bytes are read when they are needed. Of
     rows that are skipped, the headers are read."""
 
-    def __init__(self, paths: Sequence[Path], directory: Path, origin: str):
+    def __init__(self, paths: Sequence[Path], directory: Path, origin: str, split: str | None = None):
         self._paths = list(paths)
         self.directory = directory
         self.origin = origin
         self.identity = "\n".join(f"{path.name}|{path.stat().st_size}" for path in self._paths)
         self.columns = list(next(iter(read_samples(self._paths[0])), {}))
+        self._split = split if SPLIT_COLUMN in self.columns else None
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def rows(self, shard: int, first: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
-        return itertools.islice(enumerate(read_samples(self._paths[shard])), first, None)
+        for number, sample in itertools.islice(enumerate(read_samples(self._paths[shard])), first, None):
+            if self._split is None or sample.get(SPLIT_COLUMN) == self._split:
+                yield number, sample
 
 
 class DatasetShards:
@@ -97,8 +101,8 @@ def open_shards(path: str, split: str, name: str | None = None) -> Shards:
     """The shards of ``split`` in a directory, a bucket, a single file or a data set on the Hugging Face hub.
 
     A directory holds tar shards, ``<split>*.tar`` or ``<split>/*.tar``, or files that ``datasets`` recognises by their
-    names, such as ``data/train-00000-of-00004.parquet`` or ``train-0.jsonl``. Of a single Parquet, Arrow or JSON Lines
-    file, the rows whose column ``split`` says so are read, if it has one.
+    names, such as ``data/train-00000-of-00004.parquet`` or ``train-0.jsonl``. Of a single Parquet, Arrow, JSON Lines or
+    tar file, the rows whose column ``split`` says so are read; without such a column, all of them are ``train``.
 
     Raises:
         SourceError: when nothing is found, the split does not exist, or shards cannot be read.
@@ -141,16 +145,15 @@ def first_rows(path: str, split: str, name: str | None, limit: int) -> Table:
 
 def _open_file(path: Path, split: str) -> Shards:
     if path.suffix == ".tar":
-        return TarShards([path], path.parent, str(path))
-    if path.suffix not in _BUILDERS:
+        shards = TarShards([path], path.parent, str(path), split)
+    elif path.suffix in _BUILDERS:
+        dataset = load_dataset(_BUILDERS[path.suffix], WHOLE, data_files=str(path), origin=str(path), streaming=True)
+        shards = DatasetShards(dataset, path.parent, str(path), split)
+    else:
         raise SourceError(
             f"{path} cannot be streamed: expected a directory of shards, {', '.join(_BUILDERS)} or .tar; leave out "
             "streaming, since a table of paths is small"
         )
-    dataset = load_dataset(_BUILDERS[path.suffix], WHOLE, data_files=str(path), origin=str(path), streaming=True)
-    shards = DatasetShards(dataset, path.parent, str(path), split)
-    if split != WHOLE and SPLIT_COLUMN not in shards.columns:
-        raise SourceError(
-            f"{path} has no split {split!r}: it has no column {SPLIT_COLUMN!r}, so all its rows are {WHOLE!r}"
-        )
+    if SPLIT_COLUMN not in shards.columns:
+        require_whole(split, str(path))
     return shards

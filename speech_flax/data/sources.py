@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -309,9 +310,10 @@ def _texts(source: DataSource, table: Table, column: str) -> list[str]:
 
 
 def normalized(text: str, source: DataSource) -> str:
-    """A transcript in the letter case and with the punctuation that ``source`` asks for."""
+    """A transcript in the letter case and with the punctuation that ``source`` asks for, its accents composed (Unicode
+    NFC) as they are in vocabularies."""
     if source.case == "keep" and source.punctuation == "keep":
-        return " ".join(text.split())
+        return " ".join(unicodedata.normalize("NFC", text).split())
     from speech_flax.text.normalization import normalize_transcript
 
     return normalize_transcript(

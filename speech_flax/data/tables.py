@@ -15,6 +15,8 @@ from jaxtyping import Int64
 from speech_flax.storage import in_bucket, storage_path
 
 MANIFEST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
+#: What the names of files end with, and those of data sets on the hub do not.
+FILE_SUFFIXES = (*MANIFEST_SUFFIXES, ".parquet", ".arrow", ".tar", ".gz", ".zip", ".txt")
 SPLIT_COLUMN = "split"
 WHOLE = "train"
 
@@ -70,12 +72,12 @@ def choose_column(names: Sequence[str], wanted: str | None, known: Sequence[str]
 def read_table(path: str, split: str, name: str | None = None) -> Table:
     """The rows of ``split`` in a manifest, a directory here or in a bucket, or a data set on the Hugging Face hub.
 
-    A manifest is a CSV, TSV or JSON Lines file. Its rows belong to the split that their column ``split`` names, or,
-    without such a column, to ``train``. A directory is searched for, in this order: ``<split>/metadata.*``,
-    ``<split>.*`` and ``metadata.*`` with a manifest's suffix; a data set written by ``Dataset.save_to_disk``; data
-    files that ``datasets`` recognises by their names, such as ``data/train-00000-of-00004.parquet``; tar shards,
-    ``<split>*.tar`` or ``<split>/*.tar``, as WebDataset writes them. Single Parquet, Arrow and tar files are read as
-    they are. ``name`` is the configuration of a hub data set (a language, often).
+    A manifest is a CSV, TSV or JSON Lines file. Its rows, like those of a single Parquet, Arrow or tar file, belong to
+    the split that their column ``split`` names, or, without such a column, to ``train``. A directory is searched for,
+    in this order: ``<split>/metadata.*``, ``<split>.*`` and ``metadata.*`` with a manifest's suffix; a data set written
+    by ``Dataset.save_to_disk``; data files that ``datasets`` recognises by their names, such as
+    ``data/train-00000-of-00004.parquet``; tar shards, ``<split>*.tar`` or ``<split>/*.tar``, as WebDataset writes them.
+    ``name`` is the configuration of a hub data set (a language, often).
 
     Raises:
         SourceError: when nothing is found, a file is malformed, or the split does not exist or is empty.
@@ -99,7 +101,8 @@ def read_table(path: str, split: str, name: str | None = None) -> Table:
 def may_be_hub_id(path: str) -> bool:
     """Whether ``path``, which is no local one, has the form OWNER/NAME of the hub."""
     parts = path.split("/")
-    return len(parts) == 2 and all(part and part.strip(".~") for part in parts) and not Path(path).suffix
+    file = Path(path).suffix.lower() in FILE_SUFFIXES
+    return len(parts) == 2 and all(part and part.strip(".~") for part in parts) and not file
 
 
 def _read_file(path: Path, split: str) -> Table:
@@ -110,7 +113,7 @@ def _read_file(path: Path, split: str) -> Table:
     elif path.suffix == ".arrow":
         dataset = load_dataset("arrow", WHOLE, data_files=str(path), origin=str(path))
     elif path.suffix == ".tar":
-        return _read_tar([path], path.parent, str(path))
+        return _of_split(_read_tar([path], path.parent, str(path)), split)
     else:
         raise SourceError(f"{path} is no manifest: expected {', '.join(MANIFEST_SUFFIXES)}, .parquet, .arrow or .tar")
     return _of_split(Table.whole(dataset, path.parent, str(path)), split)
@@ -169,11 +172,20 @@ def _of_split(table: Table, split: str) -> Table:
         if rows.size == 0:
             raise SourceError(_no_split(table.origin, split, {str(value) for value in values}))
         return dataclasses.replace(table, rows=rows)
+    require_whole(split, table.origin)
+    return table
+
+
+def require_whole(split: str, origin: str) -> None:
+    """Refuse every split but ``train`` of a file without a column ``split``.
+
+    Raises:
+        SourceError: for another split.
+    """
     if split != WHOLE:
         raise SourceError(
-            f"{table.origin} has no split {split!r}: it has no column {SPLIT_COLUMN!r}, so all its rows are {WHOLE!r}"
+            f"{origin} has no split {split!r}: it has no column {SPLIT_COLUMN!r}, so all its rows are {WHOLE!r}"
         )
-    return table
 
 
 def _read_manifest(path: Path) -> Table:

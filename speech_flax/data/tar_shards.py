@@ -10,6 +10,8 @@ from tqdm import tqdm
 
 #: Members with these endings are audio; ``.txt`` is the transcript, the keys of ``.json`` are further columns.
 AUDIO_SUFFIXES = ("wav", "flac", "mp3", "ogg", "opus", "aiff", "sph")
+#: Columns that say where a sample lies. Keys of ``.json`` with these names, such as an original path, are left out.
+RESERVED_COLUMNS = ("__key__", "audio")
 
 
 class ShardError(ValueError):
@@ -67,7 +69,9 @@ def _column(archive: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, path
     if suffix == "txt":
         return {"text": text}
     fields = json.loads(text)
-    return fields if isinstance(fields, dict) else {}
+    if not isinstance(fields, dict):
+        return {}
+    return {name: value for name, value in fields.items() if name not in RESERVED_COLUMNS}
 
 
 def _checked(sample: dict[str, Any], path: Path) -> dict[str, Any]:

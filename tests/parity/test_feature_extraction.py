@@ -84,6 +84,86 @@ def test_batches_of_different_lengths():
     assert_same(batch, SeamlessM4TFeatureExtractor(**other), transformers.SeamlessM4TFeatureExtractor(**other))
 
 
+@pytest.mark.parametrize("padding", [True, "max_length", "do_not_pad"])
+@pytest.mark.parametrize("max_length", [29, 30, 33])
+@pytest.mark.parametrize("multiple", [2, None, 3, 8])
+def test_utterances_are_cut_to_frames_and_not_to_vectors(padding, max_length, multiple):
+    batch = [speech_like(400 + 160 * frames - 160, frames) for frames in (47, 40, 50)]
+    options = {"truncation": True, "max_length": max_length, "padding": padding, "pad_to_multiple_of": multiple}
+    assert_same(batch, **options)
+    assert_same([batch[0], batch[0][: 400 + 160 * 20]], **options | {"padding": "max_length"})
+
+
+@pytest.mark.parametrize("frames", [20, 21])
+@pytest.mark.parametrize("multiple", [2, None, 3])
+def test_one_utterance_without_padding(frames, multiple):
+    assert_same(speech_like(400 + 160 * (frames - 1)), padding=False, pad_to_multiple_of=multiple)
+    assert_same(speech_like(400 + 160 * (frames - 1)), padding=True, pad_to_multiple_of=multiple)
+
+
+def stored(*lengths, masks=False, seed=0):
+    rng = np.random.RandomState(seed)
+    items = [{"input_features": rng.randn(length, 160).astype(np.float32)} for length in lengths]
+    for item in items if masks else ():
+        item["attention_mask"] = np.arange(len(item["input_features"])) < len(item["input_features"]) - 1
+        item["attention_mask"] = item["attention_mask"].astype(np.int32)
+    return items
+
+
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"padding": "longest"},
+        {"padding": "max_length", "max_length": 40},
+        {"pad_to_multiple_of": 32},
+        {"padding": "max_length", "max_length": 33, "pad_to_multiple_of": 8},
+        {"truncation": True, "max_length": 12},
+        {"truncation": True, "max_length": 12, "padding": "max_length"},
+        {"truncation": True, "max_length": 9, "pad_to_multiple_of": 4},
+        {"truncation": True, "max_length": 10, "padding": False},
+    ],
+)
+def test_stored_features_are_padded_as_asked(options, masks):
+    got = SeamlessM4TFeatureExtractor(padding_value=1).pad(stored(10, 17, masks=masks), return_tensors="np", **options)
+    theirs = transformers.SeamlessM4TFeatureExtractor(padding_value=1)
+    expected = theirs.pad(stored(10, 17, masks=masks), return_tensors="np", **options)
+    assert set(got) == set(expected)
+    for name in expected:
+        np.testing.assert_array_equal(got[name], expected[name])
+
+
+def test_stored_features_may_be_columns():
+    items = stored(9, 9, masks=True)
+    columns = {name: np.stack([item[name] for item in items]) for name in items[0]}
+    for features in (items, columns, {name: list(values) for name, values in columns.items()}):
+        padded = OURS.pad(features, pad_to_multiple_of=4)
+        assert padded.input_features.shape == (2, 12, 160)
+        np.testing.assert_array_equal(padded.attention_mask, [[1] * 8 + [0] * 4] * 2)
+    assert set(OURS.pad(columns, return_attention_mask=False)) == {"input_features"}
+
+
+def test_options_that_do_not_exist_or_miss_something_are_refused():
+    with pytest.raises(TypeError, match="pad_to_multiple"):
+        OURS.pad(stored(3), pad_to_multiple=4)
+    with pytest.raises(ValueError, match=r"padding must be one of True, False, 'longest', .* not 'longer'"):
+        OURS.pad(stored(3), padding="longer")
+    with pytest.raises(ValueError, match="features to pad need 'input_features', but have 'input_values'"):
+        OURS.pad([{"input_values": np.zeros(3)}])
+    for options in ({"truncation": True}, {"padding": "max_length"}):
+        with pytest.raises(ValueError, match="need max_length"):
+            OURS(speech_like(4000), sampling_rate=16_000, **options)
+
+
+def test_the_file_says_whether_there_is_a_mask(tmp_path):
+    transformers.SeamlessM4TFeatureExtractor(return_attention_mask=False).save_pretrained(tmp_path)
+    loaded = SeamlessM4TFeatureExtractor.from_pretrained(tmp_path)
+    assert set(loaded(speech_like(4000), sampling_rate=16_000)) == {"input_features"}
+    assert loaded.to_dict()["return_attention_mask"] is False
+    assert "attention_mask" in loaded(speech_like(4000), sampling_rate=16_000, return_attention_mask=True)
+
+
 def test_without_padding_every_utterance_keeps_its_length():
     batch = [speech_like(samples) for samples in (400 + 160 * 9, 400 + 160 * 19)]  # even numbers of frames
     options = {"padding": False, "return_tensors": None, "sampling_rate": 16_000}
