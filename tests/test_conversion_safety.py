@@ -68,6 +68,16 @@ def test_a_bare_pickle_is_refused_and_not_run(tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
+def test_a_header_as_long_as_a_pickle_begins_is_no_pickle(tmp_path):
+    for padding in range(256):
+        path = tmp_path / f"{padding}.safetensors"
+        save_file({"feature_projection.projection.weight": np.zeros(1)}, path, {"padding": padding * "-"})
+        if path.read_bytes()[0] == 0x80:
+            assert open_source(path).format == "Transformers weights"
+            return
+    raise AssertionError("no header of such a length was made")
+
+
 def test_objects_of_fairseq_come_back_inert(tmp_path):
     fairseq_file(random_model("hubert base ctc"), tmp_path / "checkpoint.pt")
     dictionary = load_torch_file(tmp_path / "checkpoint.pt")["task_state"]["target_dictionary"]
