@@ -357,4 +357,5 @@ def _hubert_processor(plan: Plan, directory: Path) -> None:
         from speech_flax.text.tokenizer import Wav2Vec2CTCTokenizer
 
         ids = {symbol: index for index, symbol in enumerate(plan.source.vocabulary)}
-        Wav2Vec2CTCTokenizer(ids, pad_token="<pad>").save_pretrained(directory)
+        tokenizer = Wav2Vec2CTCTokenizer(ids, pad_token="<pad>")
+        tokenizer.save_pretrained(directory, processor_class="Wav2Vec2Processor")
