@@ -75,8 +75,8 @@ class SpeechConfig:
     use_weighted_layer_sum: bool = False
 
     pad_token_id: int = 0
-    bos_token_id: int = 1
-    eos_token_id: int = 2
+    bos_token_id: int | None = 1
+    eos_token_id: int | None = 2
 
     output_hidden_states: bool = False
     output_attentions: bool = False

@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 from speech_flax.audio.feature_extraction import SeamlessM4TFeatureExtractor
 from speech_flax.audio.features import BatchFeature, FeatureExtractor
 from speech_flax.audio.waveform_extraction import Wav2Vec2FeatureExtractor
-from speech_flax.text.tokenizer import Wav2Vec2CTCTokenizer, Wav2Vec2CTCTokenizerOutput
+from speech_flax.text.decoding import Wav2Vec2CTCTokenizerOutput
+from speech_flax.text.tokenizer import Wav2Vec2CTCTokenizer
 
 
 class Processor:
@@ -32,16 +33,19 @@ class Processor:
             audio: See the feature extractor.
             text: One text or several.
             return_tensors: ``"np"``, ``"jax"``, or ``None`` for lists.
-            options: For the feature extractor (``sampling_rate``, ``padding``, ...) and the tokenizer (``padding``).
+            options: For the feature extractor (``sampling_rate``, ``padding``, ``max_length``, ...) and the tokenizer,
+                which gets all of them but ``sampling_rate``.
 
         Raises:
+            TypeError: for an option that one of them does not know.
             ValueError: when neither is given.
         """
         if audio is None and text is None:
             raise ValueError("a processor needs audio, text or both")
         encoded = None
         if text is not None:
-            encoded = self.tokenizer(text, padding=options.get("padding", False), return_tensors=return_tensors)
+            of_text = {name: value for name, value in options.items() if name != "sampling_rate"}
+            encoded = self.tokenizer(text, return_tensors=return_tensors, **of_text)
             if audio is None:
                 return encoded
         features = self.feature_extractor(audio, return_tensors=return_tensors, **options)
@@ -54,7 +58,14 @@ class Processor:
     ) -> BatchFeature | dict[str, Any]:
         """Pad extracted features, or labels, or both; labels are padded with the padding token.
 
+        Args:
+            input_features: See :meth:`pad` of the feature extractor.
+            labels: See :meth:`Wav2Vec2CTCTokenizer.pad`.
+            return_tensors: ``"np"``, ``"jax"``, or ``None`` for lists.
+            options: For both (``padding``, ``max_length``, ``pad_to_multiple_of``, ...).
+
         Raises:
+            TypeError: for an option that one of them does not know.
             ValueError: when neither is given.
         """
         if input_features is None and labels is None:
@@ -92,7 +103,7 @@ class Processor:
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the files of both, as Transformers reads them."""
         self.feature_extractor.save_pretrained(directory)
-        self.tokenizer.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory, processor_class=type(self).__name__)
 
 
 class Wav2Vec2BertProcessor(Processor):

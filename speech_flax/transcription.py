@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int, PyTree
 
 import speech_flax
+from speech_flax.configuration import HubertConfig
 from speech_flax.layers.masks import adapter_output_lengths, convolution_output_lengths
 from speech_flax.processing import Processor
 
@@ -44,7 +45,8 @@ class Transcriber:
 
     A recording longer than ``chunk_seconds`` is read in chunks of that length. Of two neighbours, which overlap by
     twice ``margin_seconds``, each contributes the frames up to the middle of the overlap: every frame but those at the
-    two ends of the recording is predicted with at least ``margin_seconds`` of context on either side.
+    two ends of the recording is predicted with at least ``margin_seconds`` of context on either side. (HuBERT's last
+    frame reaches a little beyond its share of the samples; a chunk is that much longer, so that none is missing.)
 
     Raises:
         ValueError: when the margins leave nothing of a chunk.
@@ -63,10 +65,12 @@ class Transcriber:
         extractor, config = processor.feature_extractor, model.config
         if config.model_type == "hubert":
             self._position, self._ratio = 1 / _SAMPLING_RATE, config.inputs_to_logits_ratio
+            self._reach = max(0, _receptive_field(config) - self._ratio)
             self._output_lengths = convolution_output_lengths
         else:
             self._position = extractor.stride * 0.01  # seconds: log-mel frames are 10 ms apart
             self._ratio = config.adapter_stride**config.num_adapter_layers if config.add_adapter else 1
+            self._reach = 0
             self._output_lengths = adapter_output_lengths
         self._chunk = self._whole_frames(chunk_seconds)
         self._margin = self._whole_frames(margin_seconds)
@@ -124,10 +128,11 @@ class Transcriber:
     def _chunk_labels(self, inputs: Float[np.ndarray, "positions ..."]) -> Iterator[Int[np.ndarray, "chunk_frames"]]:
         """Frame labels, chunk after chunk, each without the frames that its neighbours contribute."""
         step = self._chunk - 2 * self._margin
+        read = self._chunk + self._reach
         start = 0
         while True:
-            last = start + self._chunk >= len(inputs)
-            labels = self._labels(inputs[start : start + self._chunk])
+            last = start + read >= len(inputs)
+            labels = self._labels(inputs[start : start + read])
             first_kept = self._margin // self._ratio if start else 0
             yield labels[first_kept:] if last else labels[first_kept : (self._chunk - self._margin) // self._ratio]
             if last:
@@ -143,11 +148,20 @@ class Transcriber:
         padded = round(_SHORTEST / self._position)
         while padded < length:
             padded *= 2
-        padded = length if length == self._chunk else min(padded, self._chunk)
+        longest = self._chunk + self._reach
+        padded = length if length == longest else min(padded, longest)
         block = np.zeros((1, padded, *inputs.shape[1:]), np.float32)
         block[0, :length] = inputs
         mask = (np.arange(padded) < length).astype(np.int32)[None]
         return np.asarray(self._predict(inputs=block, attention_mask=mask))[0, :frames]
+
+
+def _receptive_field(config: HubertConfig) -> int:
+    """Samples that one frame of the convolutions is made of."""
+    samples = 1
+    for width, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
+        samples = (samples - 1) * stride + width
+    return samples
 
 
 def _frame_labels(model: nn.Module, params: PyTree, inputs: jax.Array, attention_mask: jax.Array) -> jax.Array:

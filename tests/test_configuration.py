@@ -121,6 +121,15 @@ def test_wrong_types_and_unknown_names_are_refused():
         Wav2Vec2BertConfig().replace(hiden_size=3)
 
 
+@pytest.mark.parametrize("config_class", [HubertConfig, Wav2Vec2BertConfig])
+def test_tokens_that_a_tokenizer_lacks_have_no_ids(config_class, tmp_path):
+    theirs = getattr(transformers, config_class.__name__)(bos_token_id=None, eos_token_id=None)
+    theirs.save_pretrained(tmp_path)
+    ours = config_class.from_pretrained(tmp_path)
+    assert (ours.bos_token_id, ours.eos_token_id) == (None, None)
+    assert config_class().replace(bos_token_id=None).to_dict()["bos_token_id"] is None
+
+
 def test_broken_files_are_refused_by_name(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
         Wav2Vec2BertConfig.from_pretrained(tmp_path)

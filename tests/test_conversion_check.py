@@ -2,13 +2,16 @@
 
 import json
 import re
+import shutil
 import sys
 
 import jax
 import numpy as np
 import pytest
 import soundfile
-from conversion_fixtures import MODELS, fairseq_file, random_model, write_transformers
+import transformers
+from conversion_fixtures import MODELS, WAV2VEC2_BERT, fairseq_file, random_model, write_transformers
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from speech_flax import AutoModel, SeamlessM4TFeatureExtractor
@@ -115,6 +118,69 @@ def test_recordings_may_be_named(ctc, tmp_path, capsys):
     arguments = [str(ctc / "model"), "--check", "--write-reference", str(reference), "--audio", str(path)]
     assert main(arguments) == 0
     assert load_file(reference)["attention_mask"].sum() == 49
+
+
+def low_passed(path):
+    """A voice at the rate of a telephone, which leaves nothing above 4 kHz: a strong hum and some noise."""
+    random, samples = np.random.default_rng(0), 8_000
+    time = np.arange(samples) / 8_000
+    voice = 0.6 * np.sin(2 * np.pi * 150 * time) * (1 + 0.5 * np.sin(2 * np.pi * 3 * time))
+    soundfile.write(path, voice + random.normal(0, 0.01, samples), 8_000)
+
+
+def test_rounding_in_bins_without_energy_is_no_difference(tmp_path, capsys):
+    """Single log-mel values above the telephone's 4 kHz are those of rounding."""
+    config = transformers.Wav2Vec2BertConfig(**WAV2VEC2_BERT | {"feature_projection_input_dim": 160})
+    write_transformers(transformers.Wav2Vec2BertModel(config), tmp_path / "model", "safetensors")
+    low_passed(tmp_path / "telephone.wav")
+    report = tmp_path / "report"
+    arguments = [str(tmp_path / "model"), "--check", "--report", str(report)]
+    assert main([*arguments, "--audio", str(tmp_path / "telephone.wav")]) == 0
+    (inputs,) = [row for row in json.loads((report / "parity.json").read_text())["rows"] if row["name"] == "inputs"]
+    assert inputs["max_abs"] > 5e-4
+    assert "verdict: the same; tolerance" in capsys.readouterr().out
+
+
+def test_a_wrong_front_end_is_a_difference(ctc, tmp_path, capsys):
+    """Features of a waveform that is off by one sample."""
+    tensors = load_file(ctc / "reference.safetensors")
+    with safe_open(ctc / "reference.safetensors", "np") as file:
+        metadata = file.metadata()
+    for name in ("waveform.0", "waveform.1"):
+        tensors[name] = np.roll(tensors[name], 1)
+    save_file(tensors, tmp_path / "shifted.safetensors", metadata)
+    assert main([str(ctc / "model"), "--reference", str(tmp_path / "shifted.safetensors")]) == 1
+    assert "verdict: DIFFERENT, first at inputs (1 in all)" in capsys.readouterr().out
+
+
+def test_a_weight_file_goes_with_what_lies_beside_it(ctc, tmp_path, capsys):
+    """What Transformers loads from that directory is the other side of the comparison."""
+    for name, there in (("model.safetensors", True), ("other.safetensors", False)):
+        source = tmp_path / name.split(".")[0]
+        shutil.copytree(ctc / "model", source)
+        (source / "model.safetensors").rename(source / name)
+        config = json.loads((source / "config.json").read_text()) | {"num_attention_heads": 4, "pad_token_id": 7}
+        (source / "config.json").write_text(json.dumps(config))
+        ours = tmp_path / f"ours {name}"
+        assert main([str(source / name), str(ours), "--check"]) == 0
+        printed = capsys.readouterr().out
+        assert f"{name}: Transformers weights, with config.json, vocab.json beside them" in printed
+        assert ("its side runs on the converted weights" not in printed) == there
+        assert "verdict: the same; tolerance" in printed
+        found = json.loads((ours / "config.json").read_text())
+        assert (found["num_attention_heads"], found["pad_token_id"]) == (4, 7)
+        assert (ours / "vocab.json").read_bytes() == (source / "vocab.json").read_bytes()
+
+
+def test_a_verdict_on_an_assumed_configuration_says_so(ctc, tmp_path, capsys):
+    shutil.copyfile(ctc / "model/model.safetensors", tmp_path / "alone.safetensors")
+    assert main([str(tmp_path / "alone.safetensors"), str(tmp_path / "ours"), "--check"]) == 0
+    printed = capsys.readouterr().out
+    assert "note: num_attention_heads = 1 is what is usual" in printed
+    assert "note: pad_token_id = 0, the blank of CTC, is what is usual" in printed
+    assert "note: there is no tokenizer" in printed
+    count = printed.count("is what is usual")
+    assert f"verdict: the same, with assumptions about the configuration ({count}, noted above); tol" in printed
 
 
 def test_measures_are_what_they_are_called():

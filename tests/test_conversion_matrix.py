@@ -245,6 +245,32 @@ def test_nothing_is_written_unless_everything_fits(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
+def test_layers_of_different_types_get_the_widest_in_one_leaf(tmp_path, capsys):
+    model = random_model("w2v-bert")
+    write_transformers(model, tmp_path / "source", "safetensors")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    halved = {name: tensor.half() for name, tensor in state.items() if ".layers.0." in name}
+    save_file(state | halved, tmp_path / "source/model.safetensors", {"format": "pt"})
+    assert main([str(tmp_path / "source"), str(tmp_path / "orbax"), "--to", "orbax"]) == 0
+    assert f"note: {len(halved)} parameters differ in type between layers" in capsys.readouterr().out
+    assert main([str(tmp_path / "orbax"), str(tmp_path / "back")]) == 0
+    assert_same(
+        written_tensors(tmp_path / "back"), tensors_of(model) | {k: v.float().numpy() for k, v in halved.items()}
+    )
+    assert main([str(tmp_path / "source"), str(tmp_path / "ours")]) == 0
+    assert_same(written_tensors(tmp_path / "ours"), tensors_of(model) | {k: v.numpy() for k, v in halved.items()})
+
+
+@pytest.mark.parametrize("part", ["conv_module.pointwise_conv1.weight", "conv_module.pointwise_conv2.weight"])
+def test_a_pointwise_convolution_that_is_none_is_refused(tmp_path, part, capsys):
+    model = random_model("w2v-bert")
+    write_transformers(model, tmp_path / "source", "safetensors")
+    state = {name: tensor.repeat(1, 1, 3) if part in name else tensor for name, tensor in model.state_dict().items()}
+    save_file(state, tmp_path / "source/model.safetensors", {"format": "pt"})
+    assert main([str(tmp_path / "source"), str(tmp_path / "ours")]) == 1
+    assert f"encoder.layers.0.{part} has the shape" in capsys.readouterr().err
+
+
 def test_processor_files_come_along(tmp_path):
     write_transformers(random_model("w2v-bert"), tmp_path / "source", "safetensors")
     for name in ("preprocessor_config.json", "vocab.json", "tokenizer_config.json"):

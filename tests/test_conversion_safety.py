@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 import struct
+import sys
 from pathlib import Path
 
 import h5py
@@ -66,6 +67,17 @@ def test_a_bare_pickle_is_refused_and_not_run(tmp_path):
     with pytest.raises(CheckpointFileError):
         open_source(tmp_path / "checkpoint.pt")
     assert not (tmp_path / "exploded").exists()
+
+
+def test_a_header_as_long_as_a_pickle_begins_is_no_pickle(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    for padding in range(256):
+        path = tmp_path / f"{padding}.safetensors"
+        save_file({"feature_projection.projection.weight": np.zeros(1)}, path, {"padding": padding * "-"})
+        if path.read_bytes()[0] == 0x80:
+            assert open_source(path).format == "Transformers weights"
+            return
+    raise AssertionError("no header of such a length was made")
 
 
 def test_objects_of_fairseq_come_back_inert(tmp_path):

@@ -84,6 +84,32 @@ def test_padding_of_stored_features_and_labels(processor, reference):
         processor.pad()
 
 
+@pytest.mark.parametrize(
+    "options", [{"padding": "max_length", "max_length": 12}, {"padding": True, "pad_to_multiple_of": 8}], ids=str
+)
+def test_static_shapes_are_made_for_text_too(processor, reference, options):
+    texts = ["HELLO", "HE"]
+    ours, theirs = (one(text=texts, return_tensors="np", **options) for one in (processor, reference))
+    np.testing.assert_array_equal(ours["input_ids"], theirs["input_ids"])
+    np.testing.assert_array_equal(ours["attention_mask"], theirs["attention_mask"])
+    both = processor(WAVEFORMS, texts, sampling_rate=16_000, return_tensors="np", **options)
+    np.testing.assert_array_equal(both["labels"], theirs["input_ids"])
+    labels = [{"input_ids": ids} for ids in processor(text=texts)["input_ids"]]
+    ours, theirs = (one.pad(labels=labels, return_tensors="np", **options) for one in (processor, reference))
+    np.testing.assert_array_equal(ours["input_ids"], theirs["input_ids"])
+    assert processor(text="HELLO", max_length=3)["input_ids"] == reference(text="HELLO", max_length=3)["input_ids"]
+
+
+def test_unknown_options_are_refused(processor):
+    for call in (
+        lambda: processor(WAVEFORMS[0], sampling_rate=16_000, max_lenght=3),
+        lambda: processor(text="HELLO", max_lenght=3),
+        lambda: processor.pad(labels=[{"input_ids": [5]}], max_lenght=3),
+    ):
+        with pytest.raises(TypeError, match="max_lenght"):
+            call()
+
+
 def test_missing_files_are_named(processor, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"preprocessor_config\.json does not exist"):
         Wav2Vec2BertProcessor.from_pretrained(tmp_path)

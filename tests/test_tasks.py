@@ -12,6 +12,7 @@ import soundfile
 import yaml
 from tone_corpus import RATE, TINY_MODEL, TONES, speak, write_config
 
+from speech_flax import HubertConfig, HubertForCTC, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
 from speech_flax.cli import main
 from speech_flax.training.experiment import read_experiment
 from speech_flax.training.task import initial_parameters, make_task
@@ -188,6 +189,21 @@ def test_hubert_transcribes(corpus, tmp_path, capsys):
     assert set(run.evaluate()) == {"loss", "wer", "cer", *COUNTS}
     hypotheses = {row["id"]: row["hypothesis"] for row in run.results["examples"]}
     assert {Path(one["file"]).name: one["text"] for one in run.apply("transcribe")} == hypotheses
+
+
+def test_a_pretrained_head_is_kept_with_a_tokenizer_without_sentence_marks(corpus, tmp_path):
+    """Marks that are null in its files must not count as outputs of the model."""
+    tokenizer = Wav2Vec2CTCTokenizer({symbol: id for id, symbol in enumerate("abcd|?_")}, None, None, "?", "_")
+    config = HubertConfig.from_dict(TINY_HUBERT | {"vocab_size": 7, "pad_token_id": 6, "bos_token_id": None})
+    model = HubertForCTC(config)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 1000)))["params"]
+    HubertForCTC.save_pretrained(tmp_path / "pretrained", model, params)
+    Wav2Vec2Processor(Wav2Vec2FeatureExtractor(), tokenizer).save_pretrained(tmp_path / "pretrained")
+    fields = {"family": "hubert", "pretrained": str(tmp_path / "pretrained")}
+    task, load_weights = make_task(read_experiment(write_experiment(tmp_path, corpus, "ctc", fields)), ["ab cd"])
+    kept = task.model.config
+    assert (kept.vocab_size, kept.pad_token_id, kept.bos_token_id, kept.eos_token_id) == (7, 6, None, None)
+    np.testing.assert_array_equal(load_weights()["lm_head"]["kernel"], params["lm_head"]["kernel"])
 
 
 @pytest.mark.parametrize("compatibility", ["transformers-4.37", "fairseq"])

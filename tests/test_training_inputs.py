@@ -15,9 +15,11 @@ from tone_corpus import write_config, write_corpus
 
 from speech_flax.cli import main
 from speech_flax.configuration import HubertConfig
+from speech_flax.text.tokenizer import Wav2Vec2CTCTokenizer
 from speech_flax.training.experiment import ExperimentError, read_experiment
 from speech_flax.training.processes import check_agreement, together
 from speech_flax.training.run_directory import RunDirectory
+from speech_flax.training.tasks.ctc import check_characters
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +184,20 @@ def test_pretrained_model_of_another_family_is_refused(refused, tmp_path):
     directory.mkdir()
     HubertConfig(vocab_size=8).save_pretrained(directory)
     assert "hubert" in refused(model={"pretrained": str(directory)})
+
+
+def test_transcripts_are_looked_at_as_the_tokenizer_takes_them_apart():
+    """Vocabularies may have symbols of several characters; the blank is no transcript, even if it is spelled out."""
+    symbols = ("<pad>", "<s>", "</s>", "<unk>", "|", "a", "tʃ", "<laugh>")
+    tokenizer = Wav2Vec2CTCTokenizer({symbol: index for index, symbol in enumerate(symbols)})
+    check_characters(tokenizer, ["a tʃa <laugh>", "a"])
+    for text, unknown in (("a t", "'t'"), ("aʃ", "'ʃ'"), ("a <pad>", "'<pad>'"), ("<unk>", "'<unk>'")):
+        with pytest.raises(ExperimentError, match=rf"outside the vocabulary: {unknown} \(1\), as in {text!r}"):
+            check_characters(tokenizer, ["a", text])
+    capitals = Wav2Vec2CTCTokenizer({"A": 0, "|": 1}, do_lower_case=True)
+    check_characters(capitals, ["a a"])
+    with pytest.raises(ExperimentError, match=r"outside the vocabulary: '\|' \(1\)"):
+        check_characters(Wav2Vec2CTCTokenizer({"a": 0}), ["a a"])
 
 
 def test_run_directory_of_another_experiment_is_refused(refused, corpus, tmp_path, capfd):

@@ -11,7 +11,15 @@ import pytest
 import soundfile
 from random_parameters import random_parameters
 
-from speech_flax import SeamlessM4TFeatureExtractor, Wav2Vec2BertConfig, Wav2Vec2BertForCTC, Wav2Vec2BertProcessor
+from speech_flax import (
+    HubertConfig,
+    SeamlessM4TFeatureExtractor,
+    Wav2Vec2BertConfig,
+    Wav2Vec2BertForCTC,
+    Wav2Vec2BertProcessor,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2Processor,
+)
 from speech_flax.cli import main
 from speech_flax.outputs import CausalLMOutput
 from speech_flax.text.tokenizer import Wav2Vec2CTCTokenizer
@@ -120,6 +128,29 @@ def test_attention_changes_frames_only_within_its_chunk(processor, melody):
     np.testing.assert_array_equal(labels[:125], first[:125])
     second = np.concatenate(list(alone._chunk_labels(features[100:250])))
     np.testing.assert_array_equal(labels[125:225], second[25:125])
+
+
+class Heard(nn.Module):
+    """Hears in every frame of a HuBERT the number that its samples are."""
+
+    config = HubertConfig()
+
+    def __call__(self, input_values, attention_mask) -> CausalLMOutput:
+        frames = 1 + (input_values.shape[1] - 400) // 320
+        heard = input_values[:, 200::320][:, :frames].astype(int)
+        return CausalLMOutput(None, jax.nn.one_hot(heard, 11), None, None, None)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.02, 0.5])
+@pytest.mark.parametrize("chunk", [2.0, 1.3])
+def test_every_frame_of_hubert_is_in_one_chunk(processor, chunk, margin):
+    """A chunk of whole frames alone would be one frame short, and all words after it early."""
+    hubert = Wav2Vec2Processor(Wav2Vec2FeatureExtractor(do_normalize=False), processor.tokenizer)
+    transcriber = Transcriber(Heard(), {}, hubert, chunk_seconds=chunk, margin_seconds=margin)
+    for samples in (16_000 * 13, 16_000 * 13 + 399, round(chunk * RATE) * 3 + 80, round(chunk * RATE) * 3 + 79, 400):
+        waveform = (5 + np.arange(samples) // 3200 % 6).astype(np.float32)
+        labels = np.concatenate(list(transcriber._chunk_labels(waveform)))
+        np.testing.assert_array_equal(labels, waveform[200::320][: 1 + (samples - 400) // 320])
 
 
 @pytest.mark.parametrize("samples", [0, 1, 399, 400, 1000])

@@ -7,11 +7,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from speech_flax.conversion.convert import ConversionError, Plan, convert, parameters, plan
+from speech_flax.conversion.convert import ConversionError, Plan, convert, parameters, plan, widened_leaves
 from speech_flax.conversion.interruption import Interrupted, interruptible
 from speech_flax.conversion.published import PUBLISHED
 from speech_flax.conversion.source import open_source
-from speech_flax.conversion.transformers_names import TRANSFORMERS
 from speech_flax.pretrained import pretrained_directory
 
 _DESCRIPTION = """\
@@ -102,6 +101,10 @@ def _run(options: argparse.Namespace) -> int:
         return 1
     _describe(planned)
     if options.destination is not None:
+        if options.to == "orbax" and (widened := widened_leaves(planned)):
+            print(
+                f"note: {len(widened)} parameters differ in type between layers and get the widest: {widened[0]}, ..."
+            )
         convert(planned, Path(options.destination), options.to)
         print(f"written: {options.destination}")
     else:
@@ -129,13 +132,17 @@ def _describe(planned: Plan) -> None:
         for name, value in planned.config.to_dict().items():
             if value != default.get(name):
                 print(f"  {name}: {json.dumps(value)}")
-    for remark in planned.remarks:
+    for remark in (*planned.assumptions, *planned.remarks):
         print(f"note: {remark}")
 
 
 def _checked(planned: Plan, options: argparse.Namespace) -> Plan:
     """What is compared: what was written, or the source."""
     return planned if options.destination is None else plan(open_source(Path(options.destination)))
+
+
+def _processor_directory(checked: Plan) -> Path:
+    return checked.source.directory or checked.source.path.parent
 
 
 def _check(planned: Plan, options: argparse.Namespace) -> bool:
@@ -159,7 +166,8 @@ def _check(planned: Plan, options: argparse.Namespace) -> bool:
             checked.module,
             parameters(checked),
             read_reference(file),
-            directory=checked.source.path,
+            directory=_processor_directory(checked),
+            assumed=len(planned.assumptions),
             dtype=options.dtype,
             precision=options.precision,
             gradients=options.gradients,
@@ -178,14 +186,14 @@ def _write_reference(planned: Plan, options: argparse.Namespace, file: Path, asi
     from speech_flax.conversion.reference import example_waveforms, write_reference
 
     waveforms = [load_audio(audio) for audio in options.audio] if options.audio else example_waveforms()
-    directory = planned.source.path
-    if not planned.source.format.startswith("Transformers directory") or planned.source.table is not TRANSFORMERS:
+    directory = planned.source.directory
+    if not planned.source.is_pretrained_directory:
         if options.destination is not None and options.to == "torch":
             directory = Path(options.destination)
         else:
             convert(planned, aside)
             directory = aside
-        print("note: Transformers cannot read this source; its side runs on the converted weights")
+        print("note: Transformers does not read this source; its side runs on the converted weights")
     print("computing with Transformers and PyTorch")
     write_reference(file, directory, planned.config, waveforms, gradients=options.gradients)
 
@@ -196,8 +204,7 @@ def _check_published(planned: Plan, options: argparse.Namespace) -> bool:
     example = PUBLISHED[options.check_published]
     files = None if options.published_files is None else Path(options.published_files)
     checked = _checked(planned, options)
-    directory = checked.source.path if checked.source.path.is_dir() else checked.source.path.parent
-    comparisons = check_published(example, checked.module, parameters(checked), directory, files)
+    comparisons = check_published(example, checked.module, parameters(checked), _processor_directory(checked), files)
     for one in comparisons:
         sign = "same" if one.passed else "DIFFERENT"
         print(f"{one.name}: {one.ours!r}, published {one.published!r} ({example.source}): {sign}")

@@ -2,14 +2,15 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 from tqdm import tqdm
@@ -24,22 +25,10 @@ from speech_flax.conversion.rules import NameTable, Place
 from speech_flax.conversion.safetensors_file import write_safetensors
 from speech_flax.conversion.source import Source
 from speech_flax.conversion.stored_tensor import StoredTensor, copy_tensor
-from speech_flax.conversion.transformers_directory import SAFETENSORS
+from speech_flax.conversion.transformers_directory import SAFETENSORS, processor_files
 from speech_flax.conversion.transformers_names import TRANSFORMERS, transformers_layout
 from speech_flax.conversion.tree import leaf_places, nested, parts
 from speech_flax.pretrained import initial_leaves, parameter_shapes
-
-#: Files of a Transformers directory that belong to its processor, and language adapters.
-_COMPANIONS = (
-    "preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "adapter.*.safetensors",
-    "adapter.*.bin",
-)
 
 
 class ConversionError(ValueError):
@@ -55,7 +44,8 @@ class Plan:
       module: The model.
       shapes: Shape of every parameter by path.
       matching: Where each comes from.
-      remarks: What was assumed or left out, for people.
+      remarks: What was left out, for people.
+      assumptions: What the source does not say and was taken to be as usual, for people.
     """
 
     source: Source
@@ -63,6 +53,7 @@ class Plan:
     shapes: Mapping[str, tuple[int, ...]]
     matching: Matching
     remarks: tuple[str, ...]
+    assumptions: tuple[str, ...] = ()
 
     @property
     def config(self) -> SpeechConfig:
@@ -81,7 +72,7 @@ def plan(source: Source) -> Plan:
         message lists all of them.
     """
     found = _our_shapes(source)
-    remarks: list[str] = []
+    assumptions: list[str] = []
     config = source.config
     if config is None:
         without_base = {_without_base(path): shape for path, shape in found.items()}
@@ -89,7 +80,6 @@ def plan(source: Source) -> Plan:
             config, assumptions = infer_config(without_base, source.settings)
         except (TypeError, ValueError) as error:
             raise ConversionError(f"{source.path}: the configuration cannot be inferred: {error}") from None
-        remarks += assumptions
     name = _architecture(config, found)
     if not hasattr(speech_flax, name):
         raise ConversionError(f"{source.path} is a {name}, which this library does not have")
@@ -109,8 +99,7 @@ def plan(source: Source) -> Plan:
         raise ConversionError(
             f"{source.path} does not fit a {name} of this configuration, nothing was written:{listed}"
         )
-    remarks += _remarks(matching)
-    return Plan(source, module, shapes, matching, tuple(remarks))
+    return Plan(source, module, shapes, matching, tuple(_remarks(source, name, matching)), tuple(assumptions))
 
 
 def _our_shapes(source: Source) -> dict[str, tuple[int, ...]]:
@@ -168,13 +157,20 @@ def _problems(matching: Matching, table: NameTable) -> Iterator[str]:
             yield f"{place} is filled by nothing{called}{nearest(name, left_over)}"
 
 
-def _remarks(matching: Matching) -> Iterator[str]:
+def _remarks(source: Source, architecture: str, matching: Matching) -> Iterator[str]:
+    if architecture.endswith("ForCTC") and not _has_vocabulary(source):
+        yield "there is no tokenizer: nothing says which symbols the ids of this CTC model stand for"
     if matching.dropped:
         yield f"left out, because nothing here uses them: {', '.join(matching.dropped)}"
     for name in matching.unused:
         yield f"left out: {name}, because SpecAugment is off in this configuration"
     for place in matching.missing:
         yield f"{place} is not in the file and starts from random values; only SpecAugment uses it"
+
+
+def _has_vocabulary(source: Source) -> bool:
+    beside = source.directory is not None and (source.directory / "vocab.json").is_file()
+    return beside or source.vocabulary is not None
 
 
 def convert(plan: Plan, destination: Path, kind: str = "torch") -> None:
@@ -238,6 +234,21 @@ def _dtype(plan: Plan, place: Place) -> np.dtype:
     return _common_dtype(plan) if source is None else plan.source.tensors[source[0]].dtype
 
 
+def _leaf_dtype(plan: Plan, path: str) -> np.dtype:
+    """The narrowest type that holds the values of every layer stacked in a leaf."""
+    types = {_dtype(plan, place) for place in leaf_places(path, plan.shapes[path])}
+    return np.dtype(functools.reduce(jnp.promote_types, types))
+
+
+def widened_leaves(plan: Plan) -> list[str]:
+    """Paths of the leaves that stack encoder layers of different types: ``"orbax"`` has one type for all of them."""
+    return [
+        path
+        for path, shape in plan.shapes.items()
+        if any(_dtype(plan, place) != _leaf_dtype(plan, path) for place in leaf_places(path, shape))
+    ]
+
+
 def _common_dtype(plan: Plan) -> np.dtype:
     first = next(iter(plan.matching.sources.values()))
     return plan.source.tensors[first[0]].dtype
@@ -274,7 +285,9 @@ def _write_orbax(plan: Plan, directory: Path, check: Callable[[], None]) -> None
             return value
 
         leaves = _leaves(plan)
-        counting = {path: dataclasses.replace(leaf, read=partial(counted, leaf)) for path, leaf in leaves.items()}
+        counting = {
+            path: dataclasses.replace(leaf, read=functools.partial(counted, leaf)) for path, leaf in leaves.items()
+        }
         write_orbax_directory(directory, counting)
 
 
@@ -299,9 +312,9 @@ def _leaves(plan: Plan) -> dict[str, StoredTensor]:
             copy_tensor(_read(plan, place, new), part)
         return leaf
 
-    types = {path: _dtype(plan, next(leaf_places(path, shape))) for path, shape in plan.shapes.items()}
+    types = {path: _leaf_dtype(plan, path) for path in plan.shapes}
     return {
-        path: StoredTensor(shape, types[path], partial(read, path, shape, types[path]))
+        path: StoredTensor(shape, types[path], functools.partial(read, path, shape, types[path]))
         for path, shape in plan.shapes.items()
     }
 
@@ -315,17 +328,17 @@ def _saved_config(plan: Plan) -> SpeechConfig:
 
 def _write_processor(plan: Plan, directory: Path) -> None:
     """Copy the processor of a directory, or make the one that a file calls for."""
-    if plan.source.path.is_dir():
-        for pattern in _COMPANIONS:
-            for file in plan.source.path.glob(pattern):
-                shutil.copyfile(file, directory / file.name)
+    if plan.source.directory is not None:
+        for file in processor_files(plan.source.directory):
+            shutil.copyfile(file, directory / file.name)
         return
     if isinstance(plan.config, HubertConfig):
         _hubert_processor(plan, directory)
     else:
         from speech_flax.audio.feature_extraction import SeamlessM4TFeatureExtractor
+        from speech_flax.conversion.reference import default_extractor
 
-        SeamlessM4TFeatureExtractor(padding_value=1.0).save_pretrained(directory)
+        SeamlessM4TFeatureExtractor(padding_value=1.0, **default_extractor(plan.config)).save_pretrained(directory)
 
 
 def _hubert_processor(plan: Plan, directory: Path) -> None:
@@ -344,4 +357,5 @@ def _hubert_processor(plan: Plan, directory: Path) -> None:
         from speech_flax.text.tokenizer import Wav2Vec2CTCTokenizer
 
         ids = {symbol: index for index, symbol in enumerate(plan.source.vocabulary)}
-        Wav2Vec2CTCTokenizer(ids, pad_token="<pad>").save_pretrained(directory)
+        tokenizer = Wav2Vec2CTCTokenizer(ids, pad_token="<pad>")
+        tokenizer.save_pretrained(directory, processor_class="Wav2Vec2Processor")

@@ -52,8 +52,14 @@ TOLERANCES = {
     ("bfloat16", "highest"): Tolerance("l2", 3e-2, 2e-1),
     ("bfloat16", "default"): Tolerance("l2", 3e-2, 2e-1),
 }
-#: The log-mel front ends differ by rounding that the normalisation of a nearly constant mel bin magnifies.
-_INPUT_TOLERANCE = 5e-4
+#: Largest error of a normalised waveform.
+_WAVEFORM_TOLERANCE = 5e-4
+#: Norm of the error over the norm, and mean error, of log-mel vectors. Single values say nothing: a mel bin without
+#: energy (above 4 kHz, in recordings from a telephone) holds rounding, a ten-millionth of the loudest bin, which the
+#: logarithm and the normalisation make as large as speech. That is inherent to float32: frames of real recordings that
+#: are computed in float64 and rounded once give single values that are off by 0.03. Over 87 recordings of all kinds the
+#: two measures reached 4.5e-3 and 1.0e-3; a waveform shifted by one sample gives 6e-3 and 4e-3 at the least.
+_LOG_MEL_TOLERANCE = 1e-2, 2e-3
 _COLUMNS = ("max abs", "mean abs", "scale", "relative", "l2", "1-cosine")
 
 
@@ -84,7 +90,11 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """The outcome of a check."""
+    """The outcome of a check.
+
+    ``assumed`` counts the fields of the configuration that the source does not say: where PyTorch's side runs with the
+    same assumptions, no comparison can find them wrong.
+    """
 
     architecture: str
     dtype: str
@@ -95,6 +105,7 @@ class Evidence:
     rows: tuple[Row, ...]
     gradients: tuple[Row, ...]
     transcripts: tuple[tuple[str, str], ...]
+    assumed: int = 0
 
     @property
     def passed(self) -> bool:
@@ -130,6 +141,8 @@ class Evidence:
             yield f"transcript: {ours!r}" + ("" if ours == theirs else f", reference: {theirs!r}")
         failed = [row.name for row in (*self.rows, *self.gradients) if not row.passed]
         verdict = "the same" if self.passed else f"DIFFERENT, first at {failed[0]} ({len(failed)} in all)"
+        if self.assumed:
+            verdict += f", with assumptions about the configuration ({self.assumed}, noted above)"
         yield (
             f"verdict: {verdict}; tolerance: {limit.measure} {limit.activations:g}"
             + (f", gradients l2 {limit.gradients:g}" if self.gradients else "")
@@ -179,6 +192,7 @@ def check(
     dtype: str = "float32",
     precision: str = "highest",
     gradients: bool = False,
+    assumed: int = 0,
 ) -> Evidence:
     """Run ``module`` on the inputs of ``reference`` and compare everything that is in it.
 
@@ -190,6 +204,7 @@ def check(
       dtype: Computation type.
       precision: Precision of matrix products: ``"highest"``, or ``"default"`` for the accelerator's own.
       gradients: Compare the gradients too.
+      assumed: Fields of the configuration that the source does not say, for the verdict.
 
     Raises:
       ValueError: the reference is of another model, or has no gradients.
@@ -227,6 +242,7 @@ def check(
         rows=tuple(rows),
         gradients=tuple(_gradient_rows(of_parameters, reference, tolerance)) if gradients else (),
         transcripts=_transcripts(outputs, reference, directory),
+        assumed=assumed,
     )
 
 
@@ -243,7 +259,13 @@ def _input_rows(config: Any, reference: Reference, directory: Path) -> Iterator[
         waveforms, sampling_rate=SAMPLE_RATE, padding=True, return_attention_mask=True, return_tensors="np"
     )
     ours = np.asarray(encoded["input_values" if is_hubert else "input_features"])
-    yield compare("inputs", ours, reference.tensors["inputs"].read(), lambda row: row.max_abs <= _INPUT_TOLERANCE)
+
+    def passes(row: Row) -> bool:
+        if is_hubert:
+            return row.max_abs <= _WAVEFORM_TOLERANCE
+        return row.l2 <= _LOG_MEL_TOLERANCE[0] and row.mean_abs <= _LOG_MEL_TOLERANCE[1]
+
+    yield compare("inputs", ours, reference.tensors["inputs"].read(), passes)
 
 
 def _run(

@@ -10,6 +10,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 #: Stride by kernel size of the adapters that were published: w2v-BERT 2.0 of fairseq2, and SeamlessM4T.
 _USUAL_ADAPTER_STRIDES = {3: 2, 8: 8}
+_MEANINGS = {"pad_token_id": ", the blank of CTC,"}
 _ACTIVATION_NAMES = {"gelu": "gelu", "relu": "relu", "swish": "swish"}
 
 
@@ -63,7 +64,7 @@ def _hubert(shapes: Shapes, settings: dict[str, Any]) -> tuple[SpeechConfig, lis
     }
     if "encoder/layers/adapter_layer/linear_1/kernel" in shapes:
         fields["adapter_attn_dim"] = shapes["encoder/layers/adapter_layer/linear_1/kernel"][2]
-    fields |= _head_fields(shapes)
+    fields |= _head_fields(shapes, assumptions)
     return HubertConfig.from_dict(fields | _rest(settings, fields)), assumptions.made
 
 
@@ -97,7 +98,7 @@ def _wav2vec2_bert(shapes: Shapes, settings: dict[str, Any]) -> tuple[SpeechConf
         stride = assumptions.take("adapter_stride", _USUAL_ADAPTER_STRIDES.get(width))
         fields |= {"output_hidden_size": output, "adapter_stride": stride}
         fields["use_intermediate_ffn_before_adapter"] = "intermediate_ffn/intermediate_dense/kernel" in shapes
-    fields |= _head_fields(shapes) | _time_delay_fields(shapes, assumptions)
+    fields |= _head_fields(shapes, assumptions) | _time_delay_fields(shapes, assumptions)
     return Wav2Vec2BertConfig.from_dict(fields | _rest(settings, fields)), assumptions.made
 
 
@@ -113,7 +114,8 @@ class _Assumptions:
             return self.settings[field]
         if otherwise is None:
             raise ValueError(f"the file does not say {field}, and nothing usual fits its shapes")
-        self.made.append(f"{field} = {otherwise!r} is what is usual, the file does not say")
+        meaning = _MEANINGS.get(field, "")
+        self.made.append(f"{field} = {otherwise!r}{meaning} is what is usual, the file does not say")
         return otherwise
 
 
@@ -126,10 +128,11 @@ def _usual_heads(hidden: int) -> int:
     return 16 if hidden == 1280 else max(1, hidden // 64)
 
 
-def _head_fields(shapes: Shapes) -> dict[str, Any]:
+def _head_fields(shapes: Shapes, assumptions: _Assumptions) -> dict[str, Any]:
     fields: dict[str, Any] = {"use_weighted_layer_sum": "layer_weights" in shapes}
     if "lm_head/kernel" in shapes:
         fields["vocab_size"] = shapes["lm_head/kernel"][1]
+        fields["pad_token_id"] = assumptions.take("pad_token_id", 0)
     if "projector/kernel" in shapes and "tdnn_0/kernel/kernel" not in shapes:
         fields["classifier_proj_size"] = shapes["projector/kernel"][1]
     if "classifier/kernel" in shapes and "objective/weight" not in shapes:
@@ -164,6 +167,7 @@ def fairseq_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         "do_stable_layer_norm": settings.get("layer_norm_first"),
         "hidden_act": _ACTIVATION_NAMES.get(str(settings.get("activation_fn"))),
         "conv_stride": None if convolutions is None else tuple(stride for _, _, stride in convolutions),
+        "pad_token_id": 0,  # the first symbol is the blank, always
     }
 
 

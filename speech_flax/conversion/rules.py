@@ -24,10 +24,10 @@ class Transform:
     to_theirs: Callable[[Tensor], Tensor]
 
     def our_shape(self, theirs: Sequence[int]) -> tuple[int, ...]:
-        """Shape here of a tensor that has shape ``theirs`` there; ``theirs`` itself if it has too few axes."""
+        """Shape here of a tensor that has shape ``theirs`` there; ``theirs`` itself if it cannot be laid out so."""
         try:
             return self.to_ours(np.broadcast_to(np.zeros((), np.int8), tuple(theirs))).shape
-        except IndexError:
+        except (IndexError, ValueError):
             return tuple(theirs)
 
     def their_shape(self, ours: Sequence[int]) -> tuple[int, ...]:
@@ -47,9 +47,9 @@ SAME = Transform(_same, _same)
 #: Linear layers: [out, in] there, [in, out] here. Convolutions: [out, in, width] there, [width, in, out] here.
 TRANSPOSED = Transform(_transposed, _transposed)
 #: Convolutions of width 1, which are linear layers here: [out, in, 1] there, [in, out] here.
-POINTWISE = Transform(lambda tensor: tensor[:, :, 0].T, lambda tensor: tensor.T[:, :, None])
+POINTWISE = Transform(lambda tensor: np.squeeze(tensor, 2).T, lambda tensor: tensor.T[:, :, None])
 #: Magnitudes of a weight-normalised convolution: [1, 1, width] there, [width] here.
-MAGNITUDE = Transform(lambda tensor: tensor[0, 0], lambda tensor: tensor[None, None])
+MAGNITUDE = Transform(lambda tensor: np.squeeze(tensor, (0, 1)), lambda tensor: tensor[None, None])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,9 @@ from speech_flax.conversion.s3prl_names import S3PRL
 from speech_flax.conversion.safetensors_file import read_safetensors
 from speech_flax.conversion.seamless_names import FAIRSEQ2, SEAMLESS
 from speech_flax.conversion.stored_tensor import CheckpointFileError, StoredTensor
+from speech_flax.conversion.tensorflow_names import TENSORFLOW
 from speech_flax.conversion.torch_file import load_torch_file, plain, stored_tensors
-from speech_flax.conversion.transformers_directory import read_weights, weight_file
+from speech_flax.conversion.transformers_directory import WEIGHT_FILES, processor_files, read_weights, weight_file
 from speech_flax.conversion.transformers_names import TRANSFORMERS
 from speech_flax.conversion.tree import OURS
 
@@ -34,9 +35,10 @@ class Source:
       format: What it was recognised as, for people.
       tensors: By the names of that format.
       table: The rules of that format.
-      config: Configuration, if the checkpoint carries one.
+      config: Configuration, if the checkpoint carries one, or has one beside it.
       settings: Fields of the configuration that it states otherwise.
       vocabulary: Symbols in the order of their ids, if it carries a dictionary of its own.
+      directory: The directory that holds its processor, if it is or lies in one of Transformers' layout.
     """
 
     path: Path
@@ -46,6 +48,15 @@ class Source:
     config: SpeechConfig | None = None
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     vocabulary: tuple[str, ...] | None = None
+    directory: Path | None = None
+
+    @property
+    def is_pretrained_directory(self) -> bool:
+        """Whether Transformers' PyTorch models read just these tensors when they load ``directory``."""
+        if self.directory is None or self.config is None or self.table is not TRANSFORMERS:
+            return False
+        is_its_file = self.path.name in WEIGHT_FILES and self.path == weight_file(self.directory)
+        return self.path == self.directory or is_its_file
 
 
 def open_source(path: Path, base: Path | None = None) -> Source:
@@ -67,13 +78,23 @@ def open_source(path: Path, base: Path | None = None) -> Source:
         beginning = file.read(64)
     if beginning.startswith(b"version https://git-lfs"):
         raise CheckpointFileError(f"{path} is a pointer of Git LFS, not the file itself: run git lfs pull")
-    if beginning.startswith(_PICKLES):
-        return _open_torch_file(path, base)
+    if beginning.startswith(_PICKLES) and beginning[8:9] != b"{":  # with which the header of safetensors begins
+        return _with_neighbours(_open_torch_file(path, base))
     if beginning.startswith(_HDF5):
         tensors, table = read_weights(path)
-        return Source(path, "TensorFlow weights of Transformers", tensors, table)
-    tensors = read_safetensors(path)
-    return _by_names(path, tensors, {})
+        return _with_neighbours(Source(path, "TensorFlow weights of Transformers", tensors, table))
+    return _with_neighbours(_by_names(path, read_safetensors(path), {}))
+
+
+def _with_neighbours(source: Source) -> Source:
+    """A file of Transformers' names with the configuration and the processor that lie beside it, if any do."""
+    directory = source.path.parent
+    config = _read_config(directory) if source.table is TRANSFORMERS or source.table is TENSORFLOW else None
+    if config is None:
+        return source
+    neighbours = [CONFIG_FILE, *(file.name for file in processor_files(directory))]
+    form = f"{source.format}, with {', '.join(neighbours)} beside them"
+    return dataclasses.replace(source, format=form, config=config, directory=directory)
 
 
 def _open_directory(path: Path) -> Source:
@@ -81,12 +102,13 @@ def _open_directory(path: Path) -> Source:
     if is_orbax_directory(path):
         if config is None:
             raise CheckpointFileError(f"{path} holds an orbax checkpoint, but no {CONFIG_FILE} beside it")
-        return Source(path, "orbax checkpoint of this library", read_orbax_directory(path), OURS, config)
+        tensors = read_orbax_directory(path)
+        return Source(path, "orbax checkpoint of this library", tensors, OURS, config, directory=path)
     file = weight_file(path)
     tensors, table = read_weights(file)
     if config is None:
-        return dataclasses.replace(_by_names(path, tensors, {}), table=table)
-    return Source(path, f"Transformers directory ({file.name})", tensors, table, config)
+        return dataclasses.replace(_by_names(path, tensors, {}), table=table, directory=path)
+    return Source(path, f"Transformers directory ({file.name})", tensors, table, config, directory=path)
 
 
 def _read_config(directory: Path) -> SpeechConfig | None:

@@ -3,10 +3,12 @@
 Linear layers and convolutions are laid out as ours; norms have a ``gamma`` and a ``beta``.
 """
 
+import numpy as np
+
 from speech_flax.conversion.rules import TRANSPOSED, NameTable, Rule, Transform
 
 #: TensorFlow keeps the magnitudes of the positional convolution as [width, 1, 1].
-_MAGNITUDE = Transform(lambda tensor: tensor[:, 0, 0], lambda tensor: tensor[:, None, None])
+_MAGNITUDE = Transform(lambda tensor: np.squeeze(tensor, (1, 2)), lambda tensor: tensor[:, None, None])
 _LAYER = "encoder/layers.{layer}"
 _OUR_LAYER = "encoder/layers"
 _CONVOLUTION = "feature_extractor/conv_layers.{index}"

@@ -17,6 +17,22 @@ TENSORFLOW_FILE = "tf_model.h5"
 _INDEX = ".index.json"
 #: What may hold the weights, the best first.
 WEIGHT_FILES = (SAFETENSORS, SAFETENSORS + _INDEX, TORCH_BINARY, TORCH_BINARY + _INDEX, TENSORFLOW_FILE)
+#: Files that belong to the processor, and language adapters.
+_PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "adapter.*.safetensors",
+    "adapter.*.bin",
+)
+
+
+def processor_files(directory: Path) -> list[Path]:
+    """The files in ``directory`` that go with the weights: those of the processor, and language adapters."""
+    return [file for pattern in _PROCESSOR_FILES for file in sorted(directory.glob(pattern))]
 
 
 def weight_file(directory: Path) -> Path:

@@ -1,49 +1,37 @@
 """The character tokenizer of CTC models, with the file formats and the quirks of Transformers."""
 
 import dataclasses
-import itertools
-import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-VOCABULARY_FILE = "vocab.json"
-CONFIG_FILE = "tokenizer_config.json"
-SPECIAL_TOKENS_FILE = "special_tokens_map.json"
-
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
-#: What English text clean-up joins: (pattern, replacement), in this order.
-_CLEAN_UP = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"))
-_CLEAN_UP += ((" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))
-
-
-@dataclasses.dataclass(frozen=True)
-class Wav2Vec2CTCTokenizerOutput:
-    """Decoded text, and where characters and words lie, in frames, if asked for.
-
-    ``char_offsets`` holds ``{"char", "start_offset", "end_offset"}``, ``word_offsets`` the same with ``"word"``; lists
-    of lists for a batch.
-    """
-
-    text: str | list[str]
-    char_offsets: list | None = None
-    word_offsets: list | None = None
+from speech_flax.text.decoding import Wav2Vec2CTCTokenizerOutput, character_offsets, cleaned_up, word_offsets
+from speech_flax.text.padding import cut_length, padded
+from speech_flax.text.tokenizer_files import (
+    SPECIAL_TOKENS,
+    VOCABULARY_FILE,
+    AddedToken,
+    read_arguments,
+    read_vocabulary,
+    write_files,
+)
 
 
 class Wav2Vec2CTCTokenizer:
     """Characters to ids, and frame-wise ids to text.
 
     As in Transformers: ``do_lower_case`` spells in capitals before encoding and in small letters after decoding;
-    vocabulary entries of several characters are encoded as a whole and swallow the spaces around them; special tokens
-    that the vocabulary lacks get ids after it, and swallow nothing. Other than there, the unknown token among these
-    stands for unknown characters too.
+    vocabulary entries of several characters are encoded as a whole and swallow the spaces around them; so are tokens
+    that were added to the vocabulary, which swallow what they say, and special tokens, which swallow nothing and, if
+    nothing else gives them an id, get one after all others. Other than there, the unknown token among these stands for
+    unknown characters too.
 
     Args:
         vocab: Ids by symbol, by language and symbol, or the path of a ``vocab.json`` with either.
-        bos_token: Begin of sentence.
+        bos_token: Begin of sentence; ``None`` for no such token, here and below.
         eos_token: End of sentence.
         unk_token: Stands for symbols outside the vocabulary.
         pad_token: Padding, and the blank of CTC.
@@ -52,25 +40,30 @@ class Wav2Vec2CTCTokenizer:
         do_lower_case: See above.
         target_lang: Language of a vocabulary by language.
         clean_up_tokenization_spaces: Join English punctuation to the word before it when decoding.
+        added_tokens: Tokens beside the vocabulary. Those that a vocabulary by language contradicts are left out.
+        additional_special_tokens: More tokens that decoding can skip.
 
     Raises:
-        ValueError: when the file is no vocabulary, or the language is missing.
+        ValueError: when the file is no vocabulary, the language is missing, or an added token has the id of another
+            symbol, or another id than in the vocabulary.
     """
 
     def __init__(
         self,
         vocab: dict[str, Any] | str | Path,
-        bos_token: str = "<s>",
-        eos_token: str = "</s>",
-        unk_token: str = "<unk>",
-        pad_token: str = "<pad>",
+        bos_token: str | None = "<s>",
+        eos_token: str | None = "</s>",
+        unk_token: str | None = "<unk>",
+        pad_token: str | None = "<pad>",
         word_delimiter_token: str = "|",
         replace_word_delimiter_char: str = " ",
         do_lower_case: bool = False,
         target_lang: str | None = None,
         clean_up_tokenization_spaces: bool = True,
+        added_tokens: Sequence[AddedToken] = (),
+        additional_special_tokens: Sequence[str] = (),
     ):
-        self.vocab = vocab if isinstance(vocab, dict) else _read_vocabulary(Path(vocab))
+        self.vocab = vocab if isinstance(vocab, dict) else read_vocabulary(Path(vocab))
         self.bos_token, self.eos_token = bos_token, eos_token
         self.unk_token, self.pad_token = unk_token, pad_token
         self.word_delimiter_token = word_delimiter_token
@@ -78,6 +71,8 @@ class Wav2Vec2CTCTokenizer:
         self.do_lower_case = do_lower_case
         self.clean_up_tokenization_spaces = clean_up_tokenization_spaces
         self.target_lang = target_lang
+        self.added_tokens = tuple(added_tokens)
+        self.additional_special_tokens = tuple(additional_special_tokens)
         nested = any(isinstance(value, dict) for value in self.vocab.values())
         if nested and target_lang is None:
             raise ValueError(f"the vocabulary is by language; choose target_lang from {', '.join(self.vocab)}")
@@ -104,17 +99,35 @@ class Wav2Vec2CTCTokenizer:
         if wrong is not None:
             raise ValueError(f"the vocabulary maps {wrong!r} to {encoder[wrong]!r}, which is no id")
         self._encoder = dict(encoder)
-        self._ids = dict(encoder)
-        for name in _SPECIAL:
-            token = getattr(self, name)
-            if token is not None and token not in self._ids:
+        added = list(self._fitting_tokens())
+        self._ids = self._encoder | {token.content: token.id for token in added}
+        self._symbols = {token.id: token.content for token in added}
+        for token in self.all_special_tokens:
+            if token not in self._ids:
                 self._ids[token] = max(len(self._ids), max(self._ids.values(), default=-1) + 1)
-        self._symbols = {index: symbol for symbol, index in self._ids.items()}
-        whole = sorted((symbol for symbol in self._ids if len(symbol) > 1), key=len, reverse=True)
+        self._symbols |= {index: symbol for symbol, index in self._ids.items()}
+        strips = dict.fromkeys(self.all_special_tokens, (False, False))
+        strips |= {token.content: (token.lstrip, token.rstrip) for token in added}
+        strips |= {symbol: (True, True) for symbol in self._encoder if len(symbol) > 1}
+        self._strips = strips
+        whole = sorted(filter(None, strips), key=len, reverse=True)
         self._whole = re.compile("(" + "|".join(map(re.escape, whole)) + ")") if whole else None
 
+    def _fitting_tokens(self) -> Iterator[AddedToken]:
+        """The added tokens, checked against the vocabulary."""
+        symbols = {index: symbol for symbol, index in self._encoder.items()}
+        for token in self.added_tokens:
+            known = self._encoder.get(token.content, token.id), symbols.get(token.id, token.content)
+            if known == (token.id, token.content):
+                yield token
+            elif self.target_lang is None:
+                raise ValueError(
+                    f"{token.content!r} was added with the id {token.id}, but the vocabulary has {known[1]!r} with the "
+                    f"id {known[0]}; remove either from the tokenizer's files"
+                )
+
     def __len__(self) -> int:
-        """Number of symbols, special tokens outside the vocabulary included."""
+        """Number of symbols, those outside the vocabulary included."""
         return len(self._ids)
 
     @property
@@ -123,32 +136,38 @@ class Wav2Vec2CTCTokenizer:
         return len(self._encoder)
 
     def get_vocab(self) -> dict[str, int]:
-        """Ids by symbol, special tokens included."""
+        """Ids by symbol, those outside the vocabulary included."""
         return dict(self._ids)
 
-    def convert_tokens_to_ids(self, token: str) -> int | None:
+    def convert_tokens_to_ids(self, token: str | None) -> int | None:
         """Id of a symbol; that of the unknown token for one that is not there."""
         return self._ids.get(token, self._ids.get(self.unk_token))
 
-    def convert_ids_to_tokens(self, ids: Iterable[int], skip_special_tokens: bool = False) -> list[str]:
+    def convert_ids_to_tokens(self, ids: Iterable[Any], skip_special_tokens: bool = False) -> list[str | None]:
         """Symbols of ``ids``; the unknown token for ids that do not exist."""
         special = set(self.all_special_ids) if skip_special_tokens else set()
         return [self._symbols.get(int(index), self.unk_token) for index in ids if int(index) not in special]
 
     @property
+    def all_special_tokens(self) -> list[str]:
+        """The special tokens: those with a role, and the additional ones."""
+        named = (getattr(self, name) for name in SPECIAL_TOKENS)
+        return list(dict.fromkeys([token for token in named if token is not None] + [*self.additional_special_tokens]))
+
+    @property
     def all_special_ids(self) -> list[int]:
         """Ids of the special tokens."""
-        return [self._ids[getattr(self, name)] for name in _SPECIAL if getattr(self, name) is not None]
+        return [self._ids[token] for token in self.all_special_tokens]
 
     @property
-    def pad_token_id(self) -> int:
+    def pad_token_id(self) -> int | None:
         """Id of padding and of the CTC blank."""
-        return self._ids[self.pad_token]
+        return self._ids.get(self.pad_token)
 
     @property
-    def unk_token_id(self) -> int:
+    def unk_token_id(self) -> int | None:
         """Id of the unknown token."""
-        return self._ids[self.unk_token]
+        return self._ids.get(self.unk_token)
 
     @property
     def bos_token_id(self) -> int | None:
@@ -170,12 +189,12 @@ class Wav2Vec2CTCTokenizer:
         pieces = self._whole.split(text) if self._whole else [text]
         symbols: list[str] = []
         for position, piece in enumerate(pieces):
-            if position % 2:  # a vocabulary entry of several characters
+            if position % 2:  # what is spelled as a whole
                 symbols.append(piece)
                 continue
-            if position > 0 and pieces[position - 1] in self._encoder:
+            if position > 0 and self._strips[pieces[position - 1]][1]:
                 piece = piece.lstrip()
-            if position < len(pieces) - 1 and pieces[position + 1] in self._encoder:
+            if position < len(pieces) - 1 and self._strips[pieces[position + 1]][0]:
                 piece = piece.rstrip()
             if self.do_lower_case:
                 piece = piece.lower().upper()
@@ -183,27 +202,52 @@ class Wav2Vec2CTCTokenizer:
         return symbols
 
     def encode(self, text: str) -> list[int]:
-        """Ids that spell ``text``; no marks of begin or end are added."""
-        return [self.convert_tokens_to_ids(symbol) for symbol in self.tokenize(text)]
+        """Ids that spell ``text``; no marks of begin or end are added.
+
+        Raises:
+            ValueError: for a symbol outside the vocabulary if there is no unknown token.
+        """
+        symbols = self.tokenize(text)
+        ids = [self.convert_tokens_to_ids(symbol) for symbol in symbols]
+        if None in ids:
+            raise ValueError(f"{symbols[ids.index(None)]!r} is not in the vocabulary, and there is no unk_token")
+        return ids
 
     def __call__(
-        self, text: str | Sequence[str], *, padding: bool | str = False, return_tensors: str | None = None, **_: Any
+        self,
+        text: str | Sequence[str],
+        *,
+        padding: bool | str = False,
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        return_attention_mask: bool = True,
+        return_tensors: str | None = None,
     ) -> dict[str, Any]:
         """``input_ids`` and ``attention_mask`` of a text or of several.
 
         Args:
             text: One text or several.
-            padding: Pad several to the longest.
-            return_tensors: ``"np"`` or ``"jax"`` for arrays instead of lists.
+            padding: See :meth:`pad`.
+            truncation: Cut rows to ``max_length`` ids; default: if there is one and nothing is padded.
+            max_length: Ids to cut to or, with the padding ``"max_length"``, to pad to.
+            pad_to_multiple_of: Rounds the padded length up.
+            return_attention_mask: Whether to return the mask.
+            return_tensors: ``"np"`` or ``"jax"`` for arrays instead of lists; one text makes a batch of one.
+
+        Raises:
+            ValueError: for a value that is none of these, or rows of unequal length without padding into one array.
         """
-        if isinstance(text, str):
-            ids = self.encode(text)
-            features: dict[str, Any] = {"input_ids": ids, "attention_mask": [1] * len(ids)}
-            if return_tensors is None:
-                return features
-            return _as_arrays({name: [values] for name, values in features.items()}, return_tensors)
+        cut = cut_length(truncation, padding, max_length, pad_to_multiple_of)
+        rows = [self.encode(one)[:cut] for one in ([text] if isinstance(text, str) else text)]
+        alone = isinstance(text, str) and return_tensors is None
         return self.pad(
-            {"input_ids": [self.encode(one) for one in text]}, padding=padding, return_tensors=return_tensors
+            {"input_ids": rows[0] if alone else rows},
+            padding=padding,
+            max_length=max_length,
+            pad_to_multiple_of=pad_to_multiple_of,
+            return_attention_mask=return_attention_mask,
+            return_tensors=return_tensors,
         )
 
     def pad(
@@ -213,33 +257,33 @@ class Wav2Vec2CTCTokenizer:
         padding: bool | str = True,
         max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
+        return_attention_mask: bool = True,
         return_tensors: str | None = None,
-        **_: Any,
     ) -> dict[str, Any]:
         """Pad lists of ids on the right with the padding token, and mask what is padded.
 
         Args:
-            encoded: ``{"input_ids": [[...], ...]}`` or a sequence of ``{"input_ids": [...]}``.
+            encoded: ``{"input_ids": [[...], ...]}`` or a sequence of ``{"input_ids": [...]}``, or one such row; with an
+                ``"attention_mask"`` or without.
             padding: To the longest (``True``, ``"longest"``), to ``max_length`` (``"max_length"``), or not at all.
-            max_length: See above.
+            max_length: See above; longer rows stay as they are.
             pad_to_multiple_of: Rounds the padded length up.
+            return_attention_mask: Whether to return the mask.
             return_tensors: ``"np"`` or ``"jax"`` for arrays instead of lists.
+
+        Raises:
+            ValueError: for a value that is none of these, without a padding token, or for rows of unequal length in one
+                array.
         """
-        rows = encoded["input_ids"] if isinstance(encoded, dict) else [item["input_ids"] for item in encoded]
-        rows = [list(row) for row in rows]
-        masks = [[1] * len(row) for row in rows]
-        if padding and padding != "do_not_pad":
-            length = max(map(len, rows), default=0)
-            if padding == "max_length" and max_length is not None:
-                length = max_length
-            if pad_to_multiple_of:
-                length = -(-length // pad_to_multiple_of) * pad_to_multiple_of
-            rows, masks = (
-                [row + [filler] * (length - len(row)) for row in lists]
-                for lists, filler in ((rows, self.pad_token_id), (masks, 0))
-            )
-        features = {"input_ids": rows, "attention_mask": masks}
-        return features if return_tensors is None else _as_arrays(features, return_tensors)
+        return padded(
+            encoded,
+            self.pad_token_id,
+            padding=padding,
+            max_length=max_length,
+            pad_to_multiple_of=pad_to_multiple_of,
+            return_attention_mask=return_attention_mask,
+            return_tensors=return_tensors,
+        )
 
     def decode(
         self,
@@ -264,18 +308,19 @@ class Wav2Vec2CTCTokenizer:
         """
         ids = np.asarray(token_ids).reshape(-1).tolist() if not isinstance(token_ids, list) else token_ids
         symbols = self.convert_ids_to_tokens(ids, skip_special_tokens)
-        offsets = self._character_offsets(symbols, group_tokens)
+        spellings = {self.word_delimiter_token: self.replace_word_delimiter_char}
+        offsets = character_offsets(symbols, blank=self.pad_token, spellings=spellings, group=group_tokens)
         text = "".join(offset["char"] for offset in offsets).strip()
         if self.do_lower_case:
             text = text.lower()
         clean_up = (
             self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces
         )
-        for pattern, joined in _CLEAN_UP if clean_up else ():
-            text = text.replace(pattern, joined)
+        if clean_up:
+            text = cleaned_up(text)
         if not (output_char_offsets or output_word_offsets):
             return text
-        words = _word_offsets(offsets, self.replace_word_delimiter_char) if output_word_offsets else None
+        words = word_offsets(offsets, self.replace_word_delimiter_char) if output_word_offsets else None
         return Wav2Vec2CTCTokenizerOutput(text, offsets if output_char_offsets else None, words)
 
     def batch_decode(
@@ -292,20 +337,6 @@ class Wav2Vec2CTCTokenizer:
             words if options.get("output_word_offsets") else None,
         )
 
-    def _character_offsets(self, symbols: list[str], group_tokens: bool) -> list[dict[str, Any]]:
-        runs = (
-            ((symbol, sum(1 for _ in run)) for symbol, run in itertools.groupby(symbols))
-            if group_tokens
-            else ((symbol, 1) for symbol in symbols)
-        )
-        offsets, position = [], 0
-        for symbol, length in runs:
-            if symbol != self.pad_token:
-                character = self.replace_word_delimiter_char if symbol == self.word_delimiter_token else symbol
-                offsets.append({"char": character, "start_offset": position, "end_offset": position + length})
-            position += length
-        return offsets
-
     @classmethod
     def from_pretrained(cls, directory_or_hub_id: str | Path, **changes: Any) -> "Wav2Vec2CTCTokenizer":
         """The tokenizer in a directory or on the hub.
@@ -316,6 +347,7 @@ class Wav2Vec2CTCTokenizer:
 
         Raises:
             FileNotFoundError: when there is no ``vocab.json``.
+            ValueError: when a file is damaged, or an added token cannot be used as Transformers uses it.
         """
         from speech_flax.pretrained import pretrained_directory
 
@@ -323,69 +355,31 @@ class Wav2Vec2CTCTokenizer:
         path = directory / VOCABULARY_FILE
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: {directory_or_hub_id} holds no CTC tokenizer")
-        config: dict[str, Any] = {}
-        for name in (SPECIAL_TOKENS_FILE, CONFIG_FILE):
-            if (directory / name).is_file():
-                config |= json.loads((directory / name).read_text(encoding="utf-8"))
-        known = ("word_delimiter_token", "replace_word_delimiter_char", "do_lower_case", "target_lang")
-        known += (*_SPECIAL, "clean_up_tokenization_spaces")
-        options = {name: _content(config[name]) for name in known if config.get(name) is not None}
-        return cls(path, **(options | changes))
+        return cls(path, **(read_arguments(directory) | changes))
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write the files that Transformers reads, into ``directory``, which is made if it does not exist."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        special = {name: getattr(self, name) for name in _SPECIAL}
-        config = special | {
+    def save_pretrained(self, directory: str | Path, *, processor_class: str | None = None) -> None:
+        """Write the files that Transformers reads.
+
+        Args:
+            directory: It is made if it does not exist.
+            processor_class: Name of the processor that this is a part of.
+        """
+        config: dict[str, Any] = {name: getattr(self, name) for name in SPECIAL_TOKENS}
+        if self.additional_special_tokens:
+            config["additional_special_tokens"] = list(self.additional_special_tokens)
+        if self.added_tokens:
+            config["added_tokens_decoder"] = {
+                str(token.id): {name: value for name, value in dataclasses.asdict(token).items() if name != "id"}
+                for token in self.added_tokens
+            }
+        if processor_class is not None:
+            config["processor_class"] = processor_class
+        config |= {
             "tokenizer_class": "Wav2Vec2CTCTokenizer",
-            "processor_class": "Wav2Vec2BertProcessor",
             "word_delimiter_token": self.word_delimiter_token,
             "replace_word_delimiter_char": self.replace_word_delimiter_char,
             "do_lower_case": self.do_lower_case,
             "target_lang": self.target_lang,
             "clean_up_tokenization_spaces": self.clean_up_tokenization_spaces,
         }
-        for name, content in ((VOCABULARY_FILE, self.vocab), (SPECIAL_TOKENS_FILE, special), (CONFIG_FILE, config)):
-            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-            (directory / name).write_text(text, encoding="utf-8")
-
-
-def _read_vocabulary(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such vocabulary file")
-    try:
-        vocabulary = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(vocabulary, dict) or not vocabulary:
-        raise ValueError(f"{path} does not map symbols to ids")
-    return vocabulary
-
-
-def _content(token: Any) -> Any:
-    """A token that Transformers may have saved with its options around it."""
-    return token["content"] if isinstance(token, dict) and "content" in token else token
-
-
-def _word_offsets(characters: list[dict[str, Any]], delimiter: str) -> list[dict[str, Any]]:
-    words = []
-    for is_space, run in itertools.groupby(characters, key=lambda offset: offset["char"] == delimiter):
-        if not is_space:
-            spelled = list(run)
-            word = "".join(offset["char"] for offset in spelled)
-            words.append(
-                {"word": word, "start_offset": spelled[0]["start_offset"], "end_offset": spelled[-1]["end_offset"]}
-            )
-    return words
-
-
-def _as_arrays(features: dict[str, Any], kind: str) -> dict[str, Any]:
-    if kind not in ("np", "jax"):
-        raise ValueError(f"return_tensors must be 'np' or 'jax', not {kind!r}")
-    arrays = {name: np.asarray(values) for name, values in features.items()}
-    if kind == "jax":
-        import jax.numpy as jnp
-
-        arrays = {name: jnp.asarray(values) for name, values in arrays.items()}
-    return arrays
+        write_files(Path(directory), self.vocab, config)

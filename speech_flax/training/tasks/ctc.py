@@ -110,7 +110,7 @@ def make_processor(experiment: Experiment, family: Family, texts: Iterable[str])
     """Feature extractor and tokenizer: given, those of the pretrained model, or built from training ``texts``.
 
     Raises:
-        ExperimentError: when transcripts hold characters that the vocabulary lacks.
+        ExperimentError: when transcripts hold characters that the vocabulary lacks, or the tokenizer has no blank.
     """
     texts = list(texts)
     pretrained = experiment.model.pretrained
@@ -120,24 +120,31 @@ def make_processor(experiment: Experiment, family: Family, texts: Iterable[str])
         tokenizer = Wav2Vec2CTCTokenizer.from_pretrained(pretrained)
     else:
         tokenizer = Wav2Vec2CTCTokenizer(build_vocabulary(texts), pad_token="<pad>")
+    if tokenizer.pad_token_id is None:
+        raise ExperimentError(f"the tokenizer of {pretrained} has no pad_token, which is the blank of CTC")
     check_characters(tokenizer, texts)
     return family.processor_class()(family.make_extractor(experiment), tokenizer)
 
 
 def check_characters(tokenizer: Wav2Vec2CTCTokenizer, texts: Iterable[str]) -> None:
-    """Refuse transcripts that the tokenizer would spell with its unknown token.
+    """Refuse transcripts that the tokenizer would spell with its unknown token, the blank, or marks of a sentence.
+
+    What counts are the symbols that the tokenizer takes a text apart into: some vocabularies have ones of several
+    characters.
 
     Raises:
-        ExperimentError: with the characters, how often they occur, and one transcript that holds them.
+        ExperimentError: with the symbols, how often they occur, and one transcript that holds them.
     """
-    texts = list(texts)
-    known = set(tokenizer.get_vocab()) | {" "}
-    if tokenizer.do_lower_case:
-        texts = [text.upper() for text in texts]  # as Transformers names it, this option spells in capitals
-    unknown = Counter(character for text in texts for character in text if character not in known)
+    roles = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.pad_token}
+    known = tokenizer.get_vocab().keys() - roles
+    unknown: Counter[str] = Counter()
+    example = None
+    for text in texts:
+        missing = [symbol for symbol in tokenizer.tokenize(text) if symbol not in known]
+        unknown.update(missing)
+        example = text if missing and example is None else example
     if unknown:
-        example = next(text for text in texts if set(text) - known)
-        listed = ", ".join(f"{character!r} ({count})" for character, count in unknown.most_common(8))
+        listed = ", ".join(f"{symbol!r} ({count})" for symbol, count in unknown.most_common(8))
         raise ExperimentError(
             f"transcripts hold characters outside the vocabulary: {listed}, as in {example!r}; normalise them with "
             "data.train.case and data.train.punctuation, or give a data.vocabulary that has them"
