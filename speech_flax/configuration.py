@@ -17,6 +17,11 @@ PROBLEMS = ("regression", "single_label_classification", "multi_label_classifica
 COMPATIBILITIES = ("transformers-4.37", "transformers-5", "fairseq", "corrected")
 
 
+#: Fields that are at least 1, where they are given.
+_COUNTS = ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "mask_time_length")
+_COUNTS += ("mask_feature_length", "num_conv_pos_embeddings", "num_conv_pos_embedding_groups", "adapter_stride")
+
+
 def _coerced(name: str, value: Any, hint: Any) -> Any:
     """Returns ``value`` as the type that ``hint`` names, taking JSON's lists for tuples and whole numbers for floats.
 
@@ -94,6 +99,13 @@ class SpeechConfig:
         if self.problem_type not in (None, *PROBLEMS):
             known = ", ".join(map(repr, PROBLEMS))
             raise ValueError(f"problem_type must be one of {known}, not {self.problem_type!r}")
+        for name, value in vars(self).items():
+            if name in _COUNTS and value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+            if (name == "layerdrop" or name.endswith(("_dropout", "_prob"))) and not 0 <= value <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, not {value}")
+        if self.attention_dropout == 1:
+            raise ValueError("attention_dropout must be below 1: nothing would be attended to")
 
     @classmethod
     def named(cls, name: str, **changes: Any) -> "SpeechConfig":
@@ -148,9 +160,13 @@ class SpeechConfig:
         num_labels = fields.pop("num_labels", None)
         if isinstance(fields.get("id2label"), dict):
             labels = {int(index): label for index, label in fields["id2label"].items()}
+            if sorted(labels) != list(range(len(labels))):
+                raise ValueError(f"id2label must name the labels 0 to {len(labels) - 1}, not {sorted(labels)}")
             fields["id2label"] = tuple(labels[index] for index in sorted(labels))
-        if num_labels is not None and len(fields.get("id2label") or ()) != num_labels:
-            fields["id2label"] = tuple(f"LABEL_{index}" for index in range(num_labels))
+        if num_labels is not None:
+            named = fields.setdefault("id2label", tuple(f"LABEL_{index}" for index in range(num_labels)))
+            if len(named) != num_labels:
+                raise ValueError(f"id2label names {len(named)} labels, and num_labels is {num_labels}")
         hints = typing.get_type_hints(cls)
         known = {f.name for f in dataclasses.fields(cls)} - {"additional_fields"}
         additional = tuple((name, json.dumps(value)) for name, value in sorted(fields.items()) if name not in known)

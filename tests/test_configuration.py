@@ -22,8 +22,8 @@ OLD_FILE = {
     "mask_time_prob": 0,
     "tdnn_dim": [8, 8],
     "codevector_dim": 768,
-    "id2label": {"0": "no", "1": "yes", "10": "perhaps"},
-    "label2id": {"no": 0, "yes": 1, "perhaps": 10},
+    "id2label": {str(index): f"class {index}" for index in range(11)},
+    "label2id": {f"class {index}": index for index in range(11)},
 }
 
 
@@ -57,6 +57,7 @@ def test_files_of_transformers_4_are_read_and_their_other_fields_kept(tmp_path):
     config = Wav2Vec2BertConfig.from_pretrained(tmp_path)
     assert config.architectures == ("Wav2Vec2BertForCTC",)
     assert config.tdnn_dim == (8, 8)
+    assert config.id2label[10] == "class 10" and config.id2label[2] == "class 2"
     assert config.mask_time_prob == 0.0 and isinstance(config.mask_time_prob, float)
     config.save_pretrained(tmp_path / "copy")
     written = json.loads((tmp_path / "copy" / "config.json").read_text())
@@ -88,6 +89,14 @@ def test_configurations_can_be_hashed_and_changed():
         ({"hidden_size": 10, "num_attention_heads": 3}, "hidden_size 10 is not a multiple of num_attention_heads 3"),
         ({"ctc_loss_reduction": "average"}, "'sum', 'mean' or 'none', not 'average'"),
         ({"compatibility": "transformers"}, "compatibility must be one of"),
+        ({"hidden_dropout": 10.0}, "hidden_dropout must lie between 0 and 1, not 10.0"),
+        ({"layerdrop": -0.1}, "layerdrop must lie between 0 and 1"),
+        ({"mask_time_prob": 2}, "mask_time_prob must lie between 0 and 1"),
+        ({"attention_dropout": 1.0}, "attention_dropout must be below 1"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be at least 1, not 0"),
+        ({"mask_time_length": 0}, "mask_time_length must be at least 1"),
+        ({"id2label": {"1": "a", "2": "b"}}, r"id2label must name the labels 0 to 1, not \[1, 2\]"),
+        ({"id2label": {"0": "a", "1": "b"}, "num_labels": 3}, "id2label names 2 labels, and num_labels is 3"),
         ({"model_type": "wav2vec2"}, "a 'wav2vec2' model, not of 'wav2vec2-bert'"),
     ],
 )

@@ -75,7 +75,13 @@ def scan_layers(
     Returns:
       The output of the last layer; ``hidden_states`` and the output of every layer; the attention probabilities of
       every layer. The latter two are ``None`` unless asked for.
+
+    Raises:
+      ValueError: an unknown ``remat``.
     """
+    if remat not in ("none", *REMAT_POLICIES):
+        known = ", ".join(map(repr, ("none", *REMAT_POLICIES)))
+        raise ValueError(f"remat must be one of {known}, not {remat!r}")
     if remat != "none":
         layer = nn.remat(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
     layers = nn.scan(
