@@ -85,7 +85,7 @@ def test_padding_of_stored_features_and_labels(processor, reference):
 
 
 @pytest.mark.parametrize(
-    "options", [{"padding": "max_length", "max_length": 12}, {"padding": True, "pad_to_multiple_of": 8}], ids=str
+    "options", [{"padding": "max_length", "max_length": 40}, {"padding": True, "pad_to_multiple_of": 8}], ids=str
 )
 def test_static_shapes_are_made_for_text_too(processor, reference, options):
     texts = ["HELLO", "HE"]
