@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import multihost_utils
@@ -213,6 +215,21 @@ def test_characters_and_audio_of_the_first_streamed_rows_are_looked_at(refused_s
     lines.write_text('{"audio": "gone.wav", "text": "ab"}\n')
     error = refused_stream(train={"path": str(lines)})
     assert "gone.jsonl cannot be read" in error and "no such file" in error
+
+
+def test_memory_that_does_not_suffice_ends_in_what_makes_it_suffice(refused, monkeypatch):
+    monkeypatch.setattr("speech_flax.training.loop.train", lambda _: jnp.zeros(2**50).block_until_ready())
+    error = refused()
+    assert all(name in error for name in ("data.batch_seconds", "accumulation", "model.remat", "RESOURCE_EXHAUSTED"))
+
+
+def test_other_errors_of_a_device_are_not_explained_away(refused, monkeypatch):
+    def fail(_: Experiment) -> None:
+        raise jax.errors.JaxRuntimeError("INTERNAL: a collective was aborted")
+
+    monkeypatch.setattr("speech_flax.training.loop.train", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        refused()
 
 
 def test_mesh_that_does_not_fit_the_devices_says_what_to_change(refused):
