@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hub_cache import hub_cache
 from jax.experimental import multihost_utils
 from streamed_corpus import write_tar_shards
 from tone_corpus import write_config, write_corpus
@@ -19,8 +20,15 @@ from tone_corpus import write_config, write_corpus
 from speech_flax.cli import main
 from speech_flax.configuration import HubertConfig
 from speech_flax.data.sources import DataSource
-from speech_flax.training.experiment import DataSettings, Experiment, ExperimentError, OptimizerSettings
+from speech_flax.training.experiment import (
+    DataSettings,
+    Experiment,
+    ExperimentError,
+    ModelSettings,
+    OptimizerSettings,
+)
 from speech_flax.training.processes import check_agreement
+from speech_flax.training.stream_corpus import check_streamable
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +209,16 @@ def refused_stream(refused, corpus, tmp_path):
 )
 def test_streams_that_cannot_be_say_what_to_change(refused_stream, data, message):
     assert message in refused_stream(**data)
+
+
+def test_characters_of_a_stream_may_be_those_of_a_pretrained_model_on_the_hub(tmp_path, monkeypatch):
+    data = DataSettings(DataSource("here", streaming=True, max_seconds=1.0))
+    streamed = Experiment(data, "runs/none", model=ModelSettings(pretrained="someone/model"))
+    directory = hub_cache(tmp_path, "someone/model", monkeypatch)
+    with pytest.raises(ExperimentError, match=r"characters are not known beforehand: set data\.vocabulary"):
+        check_streamable(streamed)
+    (directory / "vocab.json").write_text("{}")
+    check_streamable(streamed)
 
 
 def test_streams_know_no_other_task(refused_stream, refused, corpus):
