@@ -200,6 +200,16 @@ def test_shapes_are_those_of_training_for_given_lengths_and_for_streams(mesh, tm
     assert any("is streamed" in text for text in planned.assumptions) == streaming
 
 
+def test_labels_of_every_task_are_found_in_the_data(mesh, tmp_path):
+    files = write_corpus(tmp_path / "files", {"train": 2})
+    (files / "train.jsonl").write_text(
+        "\n".join(json.dumps({"audio": f"train-00{i}.wav", "speaker": str(i)}) for i in (0, 1))
+    )
+    data = DataSettings(DataSource(str(files / "train.jsonl")))
+    described = dataclasses.replace(experiment(), task="xvector", data=data, cache_directory=None)
+    assert plan_preflight(described, mesh).task.model.config.id2label == ("0", "1")
+
+
 def test_size_of_a_pretrained_model_is_known_without_it(mesh):
     plan = plan_preflight(experiment(pretrained="facebook/hubert-large-ll60k", family="hubert", config={}), mesh)
     assert (plan.task.model.config.hidden_size, plan.task.model.config.num_hidden_layers) == (1024, 24)

@@ -15,7 +15,7 @@ from speech_flax.training.corpus import batch_multiple, buckets_from_settings, d
 from speech_flax.training.experiment import Experiment, ExperimentError
 from speech_flax.training.family import FAMILIES
 from speech_flax.training.sharding import process_shard
-from speech_flax.training.task import Task, make_task
+from speech_flax.training.task import LABEL_COLUMNS, Task, make_task
 
 #: Stand-in for transcripts that are not here: the characters of English.
 _CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ '"
@@ -68,6 +68,7 @@ def plan_preflight(experiment: Experiment, mesh: Mesh) -> PreflightPlan:
         seed=experiment.seed,
         training=True,
         cache=durations_file(data.train, experiment.cache_directory),
+        label_columns=LABEL_COLUMNS[experiment.task],
     )
     task, _ = make_task(experiment, split.labels())
     widths = label_widths(split.plan, split.utterances.texts(), task.label_encoder)
