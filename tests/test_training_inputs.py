@@ -20,14 +20,17 @@ from tone_corpus import write_config, write_corpus
 from speech_flax.cli import main
 from speech_flax.configuration import HubertConfig
 from speech_flax.data.sources import DataSource
+from speech_flax.training.corpus import open_split
 from speech_flax.training.experiment import (
     DataSettings,
     Experiment,
     ExperimentError,
+    MeshSettings,
     ModelSettings,
     OptimizerSettings,
 )
 from speech_flax.training.processes import check_agreement
+from speech_flax.training.sharding import make_mesh
 from speech_flax.training.stream_corpus import check_streamable
 
 
@@ -257,6 +260,21 @@ def test_mesh_that_does_not_fit_the_devices_says_what_to_change(refused):
 
 def test_batch_smaller_than_its_micro_batches_is_refused(refused):
     assert "data.batch_size = 8 is smaller than 16" in refused("--accumulation=16")
+
+
+@pytest.mark.parametrize(("accumulation", "says"), [(1, False), (8, True)])
+def test_accumulation_that_enlarges_batches_says_so(corpus, accumulation, says):
+    source = DataSource(str(corpus))
+    split = open_split(
+        source,
+        DataSettings(source, batch_seconds=2.0, num_buckets=1),
+        make_mesh(MeshSettings(), jax.devices()[:1]),
+        accumulation=accumulation,
+        seed=0,
+        training=True,
+        cache=None,
+    )
+    assert ("more than data.batch_seconds = 2" in split.plan.summary()) == says
 
 
 def test_pretrained_directory_without_a_model_is_named(refused, tmp_path):

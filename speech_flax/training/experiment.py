@@ -99,7 +99,8 @@ class DataSettings:
         vocabulary: A ``vocab.json``; none builds one from the characters of the training transcripts.
         trials: File with pairs of utterances that speaker verification is scored on: lines "1,FILE,FILE" (same speaker)
             or "0,FILE,FILE"; none compares every pair of an evaluation's utterances.
-        batch_seconds: Audio seconds per step, padding included, over all devices.
+        batch_seconds: Audio seconds per step, padding included, over all devices; more only where less does not give
+            every device a row in every micro-batch.
         batch_size: Utterances per step at most.
         num_buckets: Number of length buckets, each a static shape that is compiled once.
         bucket_seconds: Lengths of the buckets in increasing order; none takes ``num_buckets`` of them, those with the

@@ -72,8 +72,13 @@ def open_stream(experiment: Experiment, mesh: Mesh, planned: dict[str, Any] | No
     multiple = batch_multiple(data, mesh, experiment.accumulation)
     buckets = buckets_from_settings(data, multiple) if planned is None else planned_buckets(planned, multiple)
     try:
-        window_size = data.shuffle_buffer // data.stream_readers
-        plan = StreamPlan(buckets, readers=data.stream_readers, window_size=window_size, seed=experiment.seed)
+        plan = StreamPlan(
+            buckets,
+            readers=data.stream_readers,
+            window_size=data.shuffle_buffer // data.stream_readers,
+            seed=experiment.seed,
+            seconds_per_batch=data.batch_seconds,
+        )
     except ValueError as error:
         raise ExperimentError(
             f"data.shuffle_buffer = {data.shuffle_buffer} with data.stream_readers = {data.stream_readers}: {error}"
