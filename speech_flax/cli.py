@@ -5,12 +5,13 @@ where it was noticed.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,8 +89,32 @@ def _train(arguments: Sequence[str]) -> int:
     if options.detailed or options.json:
         raise ValueError("--detailed and --json say how to --preflight; give the slice too, as in v5e:4x4")
     keep_freed_memory()  # of the whole process: for the program to say, not for train()
-    train(experiment)
+    with _memory_explained():
+        train(experiment)
     return 0
+
+
+@contextlib.contextmanager
+def _memory_explained() -> Iterator[None]:
+    """A device that runs out of memory in training, or a program that cannot fit it, is an experiment too large.
+
+    Raises:
+        ExperimentError: with the settings that make it smaller.
+    """
+    import jax
+
+    from speech_flax.training.experiment import ExperimentError
+
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        if "RESOURCE_EXHAUSTED" not in reason:
+            raise
+        raise ExperimentError(
+            "a device has too little memory: lower data.batch_seconds, raise accumulation or let model.remat keep less "
+            f"(dots, attention, full); JAX says {reason[:200]}"
+        ) from error
 
 
 def _resumed(arguments: Sequence[str]) -> list[str]:

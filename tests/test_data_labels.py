@@ -9,7 +9,7 @@ from speech_flax.data.frame_labels import FrameEncoder, frame_label_names
 from speech_flax.data.labels import ClassEncoder, LabelError, ValueEncoder
 from speech_flax.data.sources import DataSource, open_source
 from speech_flax.data.tables import SourceError
-from speech_flax.data.trials import Trial, all_trials, read_trials
+from speech_flax.data.trials import Trial, read_trials
 
 TURNS = [{"start": 0.0, "end": 0.05, "label": "B"}, {"start": 0.03, "end": 0.1, "label": "A"}]
 
@@ -74,11 +74,6 @@ def test_trials_are_read_with_and_without_header(tmp_path):
         read_trials(tmp_path / "trials")
     with pytest.raises(SourceError, match="no list of trials"):
         read_trials(tmp_path / "nothing")
-
-
-def test_all_pairs_are_trials_without_a_list():
-    trials = all_trials(["a", "b", "c"], ["X", "Y", "X"])
-    assert [(t.first, t.second) for t in trials if t.same] == [("a", "c")] and len(trials) == 3
 
 
 def test_labels_of_every_type_are_read_from_tables(tmp_path):

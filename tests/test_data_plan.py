@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speech_flax.data.buckets import Bucket, duration_samples, suggest_buckets
+from speech_flax.data.buckets import Bucket, buckets_up_to, duration_samples, suggest_buckets
 from speech_flax.data.plan import EMPTY_ROW, BatchPlan
+from speech_flax.data.stream_plan import StreamPlan
 
 RATE = 16_000
 lengths = st.lists(st.integers(0, 5 * RATE), min_size=1, max_size=60)
@@ -110,6 +111,19 @@ def test_padding_is_what_the_batches_hold_beside_audio():
     held = sum(batch.row_indices.size * plan.bucket_samples[batch.bucket_index] for batch in batches)
     assert plan.padding_fraction == pytest.approx(1 - (3 * 0.5 + 4) * RATE / held)
     assert f"{plan.padding_fraction:.1%} padding" in plan.summary()
+
+
+def test_batches_that_exceed_the_budget_of_audio_are_named():
+    buckets = buckets_up_to([1.0, 2.0], seconds_per_batch=8.0, batch_multiple=8)
+    plans = [
+        BatchPlan([RATE, 2 * RATE], buckets, seconds_per_batch=8.0),
+        StreamPlan(buckets, readers=1, window_size=16, seed=0, seconds_per_batch=8.0),
+    ]
+    for plan in plans:
+        _, within, over = plan.summary().splitlines()
+        assert within.endswith("batches of 8")
+        assert "batches of 8, 16 s of audio: more than data.batch_seconds = 8, but fewer rows cannot be shared" in over
+        assert "up to 1 s" in within and "up to 2 s" in over
 
 
 @pytest.mark.parametrize(

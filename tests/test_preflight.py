@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hub_cache import hub_cache
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from streamed_corpus import write_tar_shards
@@ -199,18 +200,38 @@ def test_shapes_are_those_of_training_for_given_lengths_and_for_streams(mesh, tm
     assert any("is streamed" in text for text in planned.assumptions) == streaming
 
 
+def test_labels_of_every_task_are_found_in_the_data(mesh, tmp_path):
+    files = write_corpus(tmp_path / "files", {"train": 2})
+    (files / "train.jsonl").write_text(
+        "\n".join(json.dumps({"audio": f"train-00{i}.wav", "speaker": str(i)}) for i in (0, 1))
+    )
+    data = DataSettings(DataSource(str(files / "train.jsonl")))
+    described = dataclasses.replace(experiment(), task="xvector", data=data, cache_directory=None)
+    assert plan_preflight(described, mesh).task.model.config.id2label == ("0", "1")
+
+
 def test_size_of_a_pretrained_model_is_known_without_it(mesh):
     plan = plan_preflight(experiment(pretrained="facebook/hubert-large-ll60k", family="hubert", config={}), mesh)
     assert (plan.task.model.config.hidden_size, plan.task.model.config.num_hidden_layers) == (1024, 24)
     assert any("hubert-large" in text for text in plan.assumptions)
-    with pytest.raises(ExperimentError, match="'owner/model' is no directory here and not of a known size"):
-        plan_preflight(experiment(pretrained="owner/model"), mesh)
+    for name in ("owner/model", "runs/my/model", "gs://bucket/model"):
+        with pytest.raises(ExperimentError, match=f"'{name}' is no directory here, .* and is not of a known size"):
+            plan_preflight(experiment(pretrained=name), mesh)
 
 
 def test_size_of_a_pretrained_model_is_read_where_it_is(mesh, tmp_path):
     Wav2Vec2BertConfig(**SMALL | {"num_hidden_layers": 5}).save_pretrained(tmp_path)
     config = plan_preflight(experiment(pretrained=str(tmp_path), config={"layerdrop": 0.5}), mesh).task.model.config
     assert (config.hidden_size, config.num_hidden_layers, config.layerdrop) == (64, 5, 0.5)
+
+
+def test_size_and_vocabulary_of_a_pretrained_model_are_those_that_were_downloaded(mesh, tmp_path, monkeypatch):
+    directory = hub_cache(tmp_path, "owner/w2v-bert-2.0-mongolian", monkeypatch)
+    Wav2Vec2BertConfig(**SMALL).save_pretrained(directory)
+    (directory / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate("abcdefg|")}))
+    plan = plan_preflight(experiment(pretrained="owner/w2v-bert-2.0-mongolian", config={}), mesh)
+    assert plan.task.model.config.hidden_size == 64
+    assert not any("mongolian" in text or "English" in text for text in plan.assumptions)
 
 
 def test_what_cannot_be_planned_is_said_in_one_sentence(mesh):

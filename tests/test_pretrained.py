@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import transformers
+from hub_cache import hub_cache
 
 from speech_flax import AutoModel, Wav2Vec2BertConfig, Wav2Vec2BertForCTC, Wav2Vec2BertModel
 from speech_flax.conversion.tree import flat
@@ -114,12 +115,8 @@ def test_what_is_not_there_is_one_sentence(tmp_path, base):
 
 
 def test_models_in_the_cache_of_the_hub_are_used_offline(base, tmp_path, monkeypatch):
-    commit = "0" * 40
-    repository = tmp_path / "models--someone--model"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs/main").write_text(commit)
-    (repository / "snapshots").mkdir()
-    (repository / f"snapshots/{commit}").symlink_to(base)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    directory = hub_cache(tmp_path, "someone/model", monkeypatch)
+    for file in base.iterdir():
+        (directory / file.name).symlink_to(file)
     _, params = Wav2Vec2BertModel.from_pretrained("someone/model")
     assert "encoder" in params

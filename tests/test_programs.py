@@ -122,3 +122,14 @@ def test_who_waits_for_the_last_program_shows_that_others_are_compiled(programs)
     assert len(alive) == 2 and alive[0] >= 1 and alive[1] >= 2
     programs.wait(batch(400), lambda: alive.append(0), training=True)
     assert programs.ready(batch(400), training=True) and len(alive) == 2
+
+
+def test_parameters_are_placed_without_moments(programs):
+    programs, _ = programs
+    abstract = programs.abstract_state.params
+    params = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, leaf.dtype), abstract)
+    before = {id(array) for array in jax.live_arrays()}
+    placed = programs.place(params)
+    assert len([array for array in jax.live_arrays() if id(array) not in before]) == len(jax.tree.leaves(params))
+    jax.tree.map(np.testing.assert_array_equal, placed, params)
+    assert all(jax.tree.leaves(jax.tree.map(lambda leaf, like: leaf.sharding == like.sharding, placed, abstract)))

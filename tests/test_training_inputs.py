@@ -1,24 +1,40 @@
 """A mistake in what a run is given ends in one sentence and a non-zero exit code, with nothing written."""
 
 import contextlib
+import dataclasses
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from hub_cache import hub_cache
 from jax.experimental import multihost_utils
 from streamed_corpus import write_tar_shards
 from tone_corpus import write_config, write_corpus
 
 from speech_flax.cli import main
 from speech_flax.configuration import HubertConfig
+from speech_flax.data.sources import DataSource
 from speech_flax.text.tokenizer import Wav2Vec2CTCTokenizer
-from speech_flax.training.experiment import ExperimentError, read_experiment
+from speech_flax.training.corpus import open_split
+from speech_flax.training.experiment import (
+    DataSettings,
+    Experiment,
+    ExperimentError,
+    MeshSettings,
+    ModelSettings,
+    OptimizerSettings,
+    read_experiment,
+)
 from speech_flax.training.processes import check_agreement, together
 from speech_flax.training.run_directory import RunDirectory
+from speech_flax.training.sharding import make_mesh
+from speech_flax.training.stream_corpus import check_streamable
 from speech_flax.training.tasks.ctc import check_characters
 
 
@@ -78,6 +94,57 @@ def test_command_refuses_a_model_field_of_the_wrong_type(corpus, tmp_path):
 def test_impossible_value_names_the_field(refused):
     assert "checkpoint_every is 0" in refused(checkpoint_every=0)
     assert "profile_steps" in refused(profile_steps=[5, 2])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seed=-1"], "seed is -1; it must be at least 0 and below 2**63"),
+        (["--hang_minutes=-1"], "hang_minutes is -1.0; it must be at least 0"),
+        (["--model.scan_unroll=0"], "model.scan_unroll is 0; it must be at least 1"),
+        (["--model.frozen=[(]"], "model.frozen: '(' is no regular expression: missing ), unterminated subpattern"),
+        (["--features.stride=0"], "features.stride is 0; it must be at least 1"),
+        (["--features.num_mel_bins=0"], "features.num_mel_bins is 0; it must be at least 1"),
+        (["--data.batch_seconds=.nan"], "data.batch_seconds is nan; it must be positive"),
+        (["--data.speed_factors=[]"], "data.speed_factors is []; it must hold numbers that are positive"),
+        (["--data.cache_decoded_mb=-4"], "data.cache_decoded_mb is -4; it must be at least 0"),
+        (["--data.max_bad_fraction=5"], "data.max_bad_fraction is 5.0; it must be a share, from 0 to 1"),
+        (["--data.trials=list.txt"], "data.trials is what task xvector is scored on; task ctc has no use for it"),
+        (["--optimizer.learning_rate=0", "--optimizer.head_learning_rate=1e-3"], "optimizer.learning_rate is 0.0"),
+        (["--optimizer.head_learning_rate=-1"], "optimizer.head_learning_rate is -1.0; it must be positive"),
+        (["--optimizer.warmup=500"], "optimizer.warmup is 500.0; it must be a share of all steps, from 0 to 1"),
+        (["--optimizer.warmup=0.7"], "optimizer.warmup = 0.7 and optimizer.hold = 0.4 are shares of all steps"),
+        (["--optimizer.final_scale=-1"], "optimizer.final_scale is -1.0; it must be a share, from 0 to 1"),
+        (["--optimizer.betas=[0.9,2]"], "optimizer.betas is [0.9, 2.0]; it must hold numbers that are at least 0 and"),
+        (["--optimizer.max_gradient_norm=-1"], "optimizer.max_gradient_norm is -1.0; it must be at least 0"),
+        (["--optimizer.spike_factor=-3"], "optimizer.spike_factor is -3.0; it must be more than 1, or 0"),
+        (["--optimizer.max_skipped_steps=0"], "optimizer.max_skipped_steps is 0; it must be at least 1"),
+    ],
+    ids=lambda value: value[0].lstrip("-") if isinstance(value, list) else "",
+)
+def test_values_that_would_train_nothing_or_fail_later_are_refused(refused, options, message):
+    assert message in refused(*options)
+
+
+def test_every_number_of_an_experiment_has_a_range():
+    """But those of the mesh, which the devices decide, and of the sources of data."""
+    valid = Experiment(DataSettings(DataSource("here")), "runs/none")
+    for part in (None, "data", "model", "features", "optimizer"):
+        settings = getattr(valid, part) if part else valid
+        for field in dataclasses.fields(settings):
+            kind = next((kind for kind in (int, float) if re.search(rf"\b{kind.__name__}\b", str(field.type))), None)
+            if kind is None:
+                continue
+            value = (kind(-1e9), kind(-1e9)) if "tuple" in str(field.type) else kind(-1e9)
+            changed = dataclasses.replace(settings, **{field.name: value}) if part else {field.name: value}
+            with pytest.raises(ExperimentError, match=field.name):
+                dataclasses.replace(valid, **({part: changed} if part else changed))
+
+
+def test_schedules_without_a_hold_may_rise_for_long():
+    data = DataSettings(DataSource("here"))
+    Experiment(data, "runs/none", optimizer=OptimizerSettings(schedule="linear", warmup=0.9))
+    Experiment(data, "runs/none", optimizer=OptimizerSettings(warmup=0.7, hold=0.3))
 
 
 def test_missing_configuration_file_is_named(capfd):
@@ -151,6 +218,16 @@ def test_streams_that_cannot_be_say_what_to_change(refused_stream, data, message
     assert message in refused_stream(**data)
 
 
+def test_characters_of_a_stream_may_be_those_of_a_pretrained_model_on_the_hub(tmp_path, monkeypatch):
+    data = DataSettings(DataSource("here", streaming=True, max_seconds=1.0))
+    streamed = Experiment(data, "runs/none", model=ModelSettings(pretrained="someone/model"))
+    directory = hub_cache(tmp_path, "someone/model", monkeypatch)
+    with pytest.raises(ExperimentError, match=r"characters are not known beforehand: set data\.vocabulary"):
+        check_streamable(streamed)
+    (directory / "vocab.json").write_text("{}")
+    check_streamable(streamed)
+
+
 def test_streams_know_no_other_task(refused_stream, refused, corpus):
     assert "task xvector" in refused_stream("--task=xvector")
     assert "train.csv cannot be streamed" in refused_stream(train={"path": str(corpus / "train.csv")})
@@ -165,6 +242,21 @@ def test_characters_and_audio_of_the_first_streamed_rows_are_looked_at(refused_s
     assert "gone.jsonl cannot be read" in error and "no such file" in error
 
 
+def test_memory_that_does_not_suffice_ends_in_what_makes_it_suffice(refused, monkeypatch):
+    monkeypatch.setattr("speech_flax.training.loop.train", lambda _: jnp.zeros(2**50).block_until_ready())
+    error = refused()
+    assert all(name in error for name in ("data.batch_seconds", "accumulation", "model.remat", "RESOURCE_EXHAUSTED"))
+
+
+def test_other_errors_of_a_device_are_not_explained_away(refused, monkeypatch):
+    def fail(_: Experiment) -> None:
+        raise jax.errors.JaxRuntimeError("INTERNAL: a collective was aborted")
+
+    monkeypatch.setattr("speech_flax.training.loop.train", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        refused()
+
+
 def test_mesh_that_does_not_fit_the_devices_says_what_to_change(refused):
     error = refused("--mesh.data=3")
     assert "data 3" in error and "1 device" in error and "-1" in error
@@ -172,6 +264,21 @@ def test_mesh_that_does_not_fit_the_devices_says_what_to_change(refused):
 
 def test_batch_smaller_than_its_micro_batches_is_refused(refused):
     assert "data.batch_size = 8 is smaller than 16" in refused("--accumulation=16")
+
+
+@pytest.mark.parametrize(("accumulation", "says"), [(1, False), (8, True)])
+def test_accumulation_that_enlarges_batches_says_so(corpus, accumulation, says):
+    source = DataSource(str(corpus))
+    split = open_split(
+        source,
+        DataSettings(source, batch_seconds=2.0, num_buckets=1),
+        make_mesh(MeshSettings(), jax.devices()[:1]),
+        accumulation=accumulation,
+        seed=0,
+        training=True,
+        cache=None,
+    )
+    assert ("more than data.batch_seconds = 2" in split.plan.summary()) == says
 
 
 def test_pretrained_directory_without_a_model_is_named(refused, tmp_path):

@@ -228,6 +228,15 @@ def test_gradients_are_clipped_by_their_global_norm():
     np.testing.assert_allclose(moved, 0.1 * clipped / (clipped + 1), rtol=1e-4)
 
 
+def test_a_gradient_norm_of_zero_turns_clipping_off():
+    rows = batch(1.0)
+    unclipped, expected = (stepper(dataclasses.replace(PLAIN, max_gradient_norm=norm)) for norm in (0.0, 1e9))
+    (state, step), (other, other_step) = unclipped, expected
+    after = step(state, rows)[0].params
+    assert not np.array_equal(after["head"]["kernel"], state.params["head"]["kernel"])
+    jax.tree.map(np.testing.assert_array_equal, after, other_step(other, rows)[0].params)
+
+
 def kernels(state: TrainState) -> tuple[float, float]:
     return state.params["hubert"]["kernel"].item(), state.params["head"]["kernel"].item()
 

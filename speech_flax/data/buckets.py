@@ -33,6 +33,16 @@ class Bucket:
         """Length of every waveform of the bucket, in samples."""
         return round(self.max_seconds * sampling_rate)
 
+    def described(self, seconds_per_batch: float | None) -> str:
+        """How many rows batches have, and that these are more than the budget in seconds allows, where they are."""
+        seconds = self.batch_size * self.max_seconds
+        if seconds_per_batch is None or seconds <= seconds_per_batch + 1e-6:
+            return f"batches of {self.batch_size}"
+        return (
+            f"batches of {self.batch_size}, {seconds:g} s of audio: more than data.batch_seconds = "
+            f"{seconds_per_batch:g}, but fewer rows cannot be shared by all devices and micro-batches"
+        )
+
 
 def duration_samples(
     durations: Float[np.ndarray, "utterances"], sampling_rate: int = 16_000

@@ -44,6 +44,8 @@ class BatchPlan:
         seed: Decides the order of the data.
         shuffle: False for evaluation.
         sampling_rate: Samples per second.
+        seconds_per_batch: The budget of padded audio that buckets were made for; :meth:`summary` says where it is
+            exceeded.
 
     Raises:
         ValueError: without utterances or buckets, or when an utterance is longer than the longest bucket.
@@ -57,6 +59,7 @@ class BatchPlan:
         seed: int = 0,
         shuffle: bool = True,
         sampling_rate: int = 16_000,
+        seconds_per_batch: float | None = None,
     ):
         lengths = np.asarray(num_samples, np.int64)
         if lengths.size == 0:
@@ -77,6 +80,7 @@ class BatchPlan:
         self.seed = seed
         self.shuffle = shuffle
         self.sampling_rate = sampling_rate
+        self.seconds_per_batch = seconds_per_batch
         own_bucket = np.searchsorted(self.bucket_samples, lengths)
         self._members = [np.flatnonzero(own_bucket == index) for index in range(len(buckets))]
         self._layout = _epoch_layout([members.size for members in self._members], self.buckets)
@@ -157,9 +161,8 @@ class BatchPlan:
             f"{self.padding_fraction:.1%} padding"
         ]
         for bucket, members, batches in zip(self.buckets, self._members, self.batches_per_bucket, strict=True):
-            lines.append(
-                f"  up to {bucket.max_seconds:g} s: {members.size} utterances, {batches} batches of {bucket.batch_size}"
-            )
+            described = bucket.described(self.seconds_per_batch)
+            lines.append(f"  up to {bucket.max_seconds:g} s: {members.size} utterances, {batches} {described}")
         return "\n".join(lines)
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, list[np.ndarray]]:

@@ -101,13 +101,22 @@ class StreamPlan:
         window_size: Utterances that each reader brings to a window.
         seed: Decides the order of the data.
         sampling_rate: Samples per second.
+        seconds_per_batch: The budget of padded audio that buckets were made for; :meth:`summary` says where it is
+            exceeded.
 
     Raises:
         ValueError: when readers cannot share batches, or a window does not fill one.
     """
 
     def __init__(
-        self, buckets: Sequence[Bucket], *, readers: int, window_size: int, seed: int, sampling_rate: int = 16_000
+        self,
+        buckets: Sequence[Bucket],
+        *,
+        readers: int,
+        window_size: int,
+        seed: int,
+        sampling_rate: int = 16_000,
+        seconds_per_batch: float | None = None,
     ):
         self.buckets = tuple(buckets)
         self.bucket_samples = tuple(bucket.num_samples(sampling_rate) for bucket in buckets)
@@ -115,6 +124,7 @@ class StreamPlan:
         self.window_size = window_size
         self.seed = seed
         self.sampling_rate = sampling_rate
+        self.seconds_per_batch = seconds_per_batch
         self._windows: list[WindowPlan] = []
         self._counts = np.zeros(len(buckets), np.int64)
         if any(left >= right for left, right in zip(self.bucket_samples, self.bucket_samples[1:], strict=False)):
@@ -179,5 +189,5 @@ class StreamPlan:
             f"a stream, shuffled {self.readers * self.window_size} utterances at a time; parts that are read on their "
             f"own: {self.readers}"
         ]
-        lines += [f"  up to {bucket.max_seconds:g} s: batches of {bucket.batch_size}" for bucket in self.buckets]
+        lines += [f"  up to {b.max_seconds:g} s: {b.described(self.seconds_per_batch)}" for b in self.buckets]
         return "\n".join(lines)

@@ -1,10 +1,16 @@
 """Lists of trials: pairs of utterances, by the same speaker or by different ones."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import Bool, Int
+
 from speech_flax.data.tables import SourceError
+
+logger = logging.getLogger(__name__)
 
 _COLUMNS = ("label", "file_1", "file_2")
 
@@ -47,7 +53,23 @@ def read_trials(path: str | Path) -> list[Trial]:
     return trials
 
 
-def all_trials(ids: Sequence[str], speakers: Sequence[str]) -> list[Trial]:
-    """Every pair of the utterances ``ids``."""
-    pairs = ((left, right) for right in range(len(ids)) for left in range(right))
-    return [Trial(speakers[left] == speakers[right], ids[left], ids[right]) for left, right in pairs]
+def find_trials(
+    trials: Sequence[Trial], ids: Sequence[str]
+) -> tuple[Int[np.ndarray, "found"], Int[np.ndarray, "found"], Bool[np.ndarray, "found"]]:
+    """Where in ``ids`` the first and the second utterance are of every trial that has both there, and whether they are
+    by the same speaker. Trials that are left out are counted in a warning.
+
+    Raises:
+        SourceError: when all would be left out.
+    """
+    place = {name: index for index, name in enumerate(ids)}
+    found = [trial for trial in trials if trial.first in place and trial.second in place]
+    if len(found) < len(trials):
+        missing = next(name for trial in trials for name in (trial.first, trial.second) if name not in place)
+        left_out = f"are left out: there is no utterance {missing}, for one, but {ids[0]}, for one"
+        if not found:
+            raise SourceError(f"all {len(trials)} trials {left_out}; list trials of these utterances")
+        logger.warning("%d of %d trials %s", len(trials) - len(found), len(trials), left_out)
+    first = np.array([place[trial.first] for trial in found])
+    second = np.array([place[trial.second] for trial in found])
+    return first, second, np.array([trial.same for trial in found])

@@ -102,7 +102,8 @@ def open_split(
             max_batch_size=settings.batch_size,
             batch_multiple=multiple,
         )
-    plan = BatchPlan(duration_samples(durations), buckets, seed=seed, shuffle=training)
+    samples, budget = duration_samples(durations), settings.batch_seconds
+    plan = BatchPlan(samples, buckets, seed=seed, shuffle=training, seconds_per_batch=budget)
     split = Split(utterances, plan, shard)
     if planned is not None and split.plan_record() != planned:
         raise ExperimentError(

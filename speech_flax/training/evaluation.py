@@ -2,14 +2,18 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import numpy as np
 from jaxtyping import PyTree
 
 from speech_flax.data.loader import Batch
+from speech_flax.data.tables import SourceError
+from speech_flax.training.corpus import Split
+from speech_flax.training.experiment import ExperimentError
 from speech_flax.training.processes import exchange
+from speech_flax.training.stream_corpus import StreamSplit
 from speech_flax.training.task import RowResults, ScoredRow, Task
 
 #: Titles of the metrics that are ratios, by their names in results and logs.
@@ -50,6 +54,20 @@ def describe(numbers: dict[str, float]) -> str:
     """The metrics among ``numbers`` for people: ratios in percent."""
     ratios = [f"{title} {numbers[name]:.1%}" for name, title in RATIOS.items() if name in numbers]
     return ", ".join(ratios + [f"{title} {numbers[name]:.3g}" for name, title in VALUES.items() if name in numbers])
+
+
+def check_evaluations(splits: Mapping[str, Split | StreamSplit], task: Task) -> None:
+    """Refuse data that ``task`` could not score, before anything is trained.
+
+    Raises:
+        ExperimentError: with the name of the split and what to change.
+    """
+    for name, split in splits.items():
+        if name != "train":
+            try:
+                task.check_evaluation(split.utterances.ids(), split.labels())
+            except (ExperimentError, SourceError) as error:
+                raise ExperimentError(f"data.{name}: {error}") from error
 
 
 def evaluate(

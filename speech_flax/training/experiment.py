@@ -6,8 +6,10 @@ experiment is written into the run directory and, read back, gives the same expe
 
 import dataclasses
 import difflib
+import math
+import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +19,30 @@ from speech_flax.data.sources import DataSource
 from speech_flax.storage import in_bucket
 from speech_flax.training.config_files import with_bases
 
-#: Fields of the data that must be positive.
-_POSITIVE_DATA = ("batch_seconds", "batch_size", "num_buckets", "shuffle_buffer", "stream_readers", "labels_per_second")
+#: What numbers must be, in words and as a test, and the fields that hold one or several of them.
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "at least 1": (
+        lambda number: number >= 1,
+        "steps accumulation log_every evaluate_every checkpoint_every keep_checkpoints keep_every model.scan_unroll "
+        "features.stride features.num_mel_bins data.batch_size data.num_buckets data.shuffle_buffer "
+        "data.stream_readers data.num_workers optimizer.max_skipped_steps",
+    ),
+    "positive": (
+        lambda number: number > 0,
+        "data.batch_seconds data.bucket_seconds data.labels_per_second data.speed_factors optimizer.learning_rate "
+        "optimizer.head_learning_rate optimizer.epsilon",
+    ),
+    "at least 0": (
+        lambda number: number >= 0,
+        "hang_minutes data.cache_decoded_mb optimizer.head_only_steps optimizer.weight_decay "
+        "optimizer.max_gradient_norm",
+    ),
+    "at least 0 and below 2**63": (lambda number: 0 <= number < 2**63, "seed"),
+    "at least 0 and below 1": (lambda number: 0 <= number < 1, "optimizer.betas"),
+    "a share, from 0 to 1": (lambda number: 0 <= number <= 1, "data.max_bad_fraction optimizer.final_scale"),
+    "a share of all steps, from 0 to 1": (lambda number: 0 <= number <= 1, "optimizer.warmup optimizer.hold"),
+    "more than 1, or 0": (lambda number: number > 1 or number == 0, "optimizer.spike_factor"),
+}
 
 
 class ExperimentError(ValueError):
@@ -75,7 +99,8 @@ class DataSettings:
         vocabulary: A ``vocab.json``; none builds one from the characters of the training transcripts.
         trials: File with pairs of utterances that speaker verification is scored on: lines "1,FILE,FILE" (same speaker)
             or "0,FILE,FILE"; none compares every pair of an evaluation's utterances.
-        batch_seconds: Audio seconds per step, padding included, over all devices.
+        batch_seconds: Audio seconds per step, padding included, over all devices; more only where less does not give
+            every device a row in every micro-batch.
         batch_size: Utterances per step at most.
         num_buckets: Number of length buckets, each a static shape that is compiled once.
         bucket_seconds: Lengths of the buckets in increasing order; none takes ``num_buckets`` of them, those with the
@@ -125,7 +150,7 @@ class OptimizerSettings:
         weight_decay: Decoupled decay of matrices; norms and biases are never decayed.
         betas: Decay rates of the moments.
         epsilon: Added to the root of the second moment.
-        max_gradient_norm: Global norm to which gradients are clipped.
+        max_gradient_norm: Global norm to which gradients are clipped; 0 turns that off.
         spike_factor: A step whose loss or gradient norm is this many times its running average is skipped; 0 turns
             that off.
         max_skipped_steps: Consecutive skipped steps (not finite, or a spike) that abort the run.
@@ -180,7 +205,8 @@ class Experiment:
         keep_every: Checkpoints at multiples of this many steps are kept for good; none keeps the newest alone.
         cache_directory: Directory in which compiled programs and the lengths of audio files are kept for the next run;
             none turns that off.
-        hang_minutes: When nothing has moved for this long, the stacks of all threads are printed, again and again.
+        hang_minutes: When nothing has moved for this long, the stacks of all threads are printed, again and again; 0
+            turns that off.
         profile_steps: First and last step (from 1) of a profiler trace, written to ``profile/`` in the run directory.
         wandb_project: Weights & Biases project to log to, beside JSON Lines and TensorBoard; none logs to no one else.
         distributed: Join the other hosts of a TPU slice or cluster; to be set on all of them.
@@ -188,6 +214,9 @@ class Experiment:
         features: The log-mel front end.
         optimizer: Optimizer and schedule.
         mesh: Device mesh.
+
+    Raises:
+        ExperimentError: for a value that a field cannot have.
     """
 
     data: DataSettings
@@ -212,22 +241,48 @@ class Experiment:
     mesh: MeshSettings = MeshSettings()
 
     def __post_init__(self):
-        positive = {name: getattr(self, name) for name in ("steps", "accumulation", "log_every", "evaluate_every")}
-        positive |= {name: getattr(self, name) for name in ("checkpoint_every", "keep_checkpoints")}
-        positive |= {f"data.{name}": getattr(self.data, name) for name in _POSITIVE_DATA}
-        if self.keep_every is not None:
-            positive["keep_every"] = self.keep_every
-        for name, value in positive.items():
-            if value <= 0:
-                raise ExperimentError(f"{name} is {value}; it must be at least 1")
+        _check_ranges(self)
+        _check_patterns(self.model.frozen)
         if self.cache_directory is not None and in_bucket(self.cache_directory):
             raise ExperimentError(f"cache_directory is {self.cache_directory}; it must be a directory of this machine")
         bounds = self.data.bucket_seconds
-        if bounds is not None and (not bounds or bounds[0] <= 0 or list(bounds) != sorted(set(bounds))):
+        if bounds is not None and list(bounds) != sorted(set(bounds)):
             raise ExperimentError(f"data.bucket_seconds is {list(bounds)}; it must be increasing lengths in seconds")
         if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
             first, last = self.profile_steps
             raise ExperimentError(f"profile_steps is {first}, {last}; it must be a first and a last step, from 1 on")
+        optimizer = self.optimizer
+        if optimizer.schedule == "tri_stage" and optimizer.warmup + optimizer.hold > 1 + 1e-9:
+            raise ExperimentError(
+                f"optimizer.warmup = {optimizer.warmup:g} and optimizer.hold = {optimizer.hold:g} are shares of all "
+                "steps; together they must not exceed 1"
+            )
+        if self.data.trials is not None and self.task != "xvector":
+            raise ExperimentError(f"data.trials is what task xvector is scored on; task {self.task} has no use for it")
+
+
+def _check_ranges(experiment: Experiment) -> None:
+    """Refuse numbers that a run would end at, or that would train nothing.
+
+    Raises:
+        ExperimentError: with the field, its value, and what it must be.
+    """
+    for words, (holds, names) in _RANGES.items():
+        for name in names.split():
+            value = operator.attrgetter(name)(experiment)
+            several = isinstance(value, tuple)
+            numbers = value if several else () if value is None else (value,)
+            if value == () or not all(math.isfinite(number) and holds(number) for number in numbers):
+                must = f"{list(value)}; it must hold numbers that are" if several else f"{value}; it must be"
+                raise ExperimentError(f"{name} is {must} {words}")
+
+
+def _check_patterns(patterns: Sequence[str]) -> None:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ExperimentError(f"model.frozen: {pattern!r} is no regular expression: {error}") from error
 
 
 def experiment_parser(prog: str = "train.py") -> ArgumentParser:

@@ -121,10 +121,10 @@ class Optimizer:
             optax.add_decayed_weights(settings.weight_decay, mask=decay_mask),
         )
         groups = {"frozen": optax.set_to_zero(), "base": _held(adamw) if head_only else adamw, "head": adamw}
-        rate = settings.head_learning_rate
+        rate, norm = settings.head_learning_rate, settings.max_gradient_norm
         relative = 1.0 if rate is None else rate / settings.learning_rate
         return optax.chain(
-            optax.clip_by_global_norm(settings.max_gradient_norm),
+            optax.clip_by_global_norm(norm) if norm else optax.identity(),
             optax.partition(groups, self._groups),
             optax.scale_by_learning_rate(self.learning_rate),
             optax.masked(

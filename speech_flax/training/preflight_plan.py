@@ -4,6 +4,8 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from jax.sharding import Mesh
 
 from speech_flax.configuration import CONFIG_FILE
@@ -13,7 +15,7 @@ from speech_flax.training.corpus import batch_multiple, buckets_from_settings, d
 from speech_flax.training.experiment import Experiment, ExperimentError
 from speech_flax.training.family import FAMILIES
 from speech_flax.training.sharding import process_shard
-from speech_flax.training.task import Task, make_task
+from speech_flax.training.task import LABEL_COLUMNS, Task, make_task
 
 #: Stand-in for transcripts that are not here: the characters of English.
 _CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ '"
@@ -66,6 +68,7 @@ def plan_preflight(experiment: Experiment, mesh: Mesh) -> PreflightPlan:
         seed=experiment.seed,
         training=True,
         cache=durations_file(data.train, experiment.cache_directory),
+        label_columns=LABEL_COLUMNS[experiment.task],
     )
     task, _ = make_task(experiment, split.labels())
     widths = label_widths(split.plan, split.utterances.texts(), task.label_encoder)
@@ -101,17 +104,18 @@ def _without_weights(experiment: Experiment, assumptions: list[str]) -> Experime
     if pretrained is None:
         return experiment
     kind, _ = FAMILIES[model.family].classes(experiment.task)
-    data = experiment.data
-    if (Path(pretrained) / CONFIG_FILE).is_file():
-        config = kind.from_pretrained(pretrained)
-        if data.vocabulary is None and (Path(pretrained) / "vocab.json").is_file():
-            data = dataclasses.replace(data, vocabulary=str(Path(pretrained) / "vocab.json"))
+    data, directory = experiment.data, _directory_here(pretrained)
+    if directory is not None:
+        config = kind.from_pretrained(directory)
+        if data.vocabulary is None and (directory / "vocab.json").is_file():
+            data = dataclasses.replace(data, vocabulary=str(directory / "vocab.json"))
     else:
         name = next((name for name in kind.PRESETS if name in pretrained), None)
         if name is None:
             raise ExperimentError(
-                f"model.pretrained = {pretrained!r} is no directory here and not of a known size "
-                f"({', '.join(kind.PRESETS)}); download it, or give its size in model.config"
+                f"model.pretrained = {pretrained!r} is no directory here, was not downloaded from the hub before, and "
+                f"is not of a known size ({', '.join(kind.PRESETS)}); download it, or give its size in model.config "
+                "with model.pretrained: null"
             )
         config = kind(**kind.PRESETS[name])
         assumptions.append(f"{pretrained} is not here: its configuration is taken to be that of {name}")
@@ -126,6 +130,17 @@ def _without_weights(experiment: Experiment, assumptions: list[str]) -> Experime
     fields = {field: value for field, value in fields.items() if field not in decided}
     model = dataclasses.replace(model, pretrained=None, config={**fields, **model.config})
     return dataclasses.replace(experiment, model=model, data=data)
+
+
+def _directory_here(pretrained: str) -> Path | None:
+    """The directory of a model that is on this machine, its own or where the hub's downloads are kept."""
+    if (Path(pretrained) / CONFIG_FILE).is_file():
+        return Path(pretrained)
+    try:
+        downloaded = try_to_load_from_cache(pretrained, CONFIG_FILE)
+    except HFValidationError:  # no hub id
+        return None
+    return Path(downloaded).parent if isinstance(downloaded, str) else None
 
 
 def _buckets_from_settings(experiment: Experiment, mesh: Mesh, assumptions: list[str]) -> list[BucketShape]:

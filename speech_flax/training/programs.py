@@ -87,9 +87,13 @@ class Programs:
         with jax.set_mesh(self.mesh):
             if pretrained is None:
                 return jax.jit(self._create, out_shardings=self._shardings)()
-            params = jax.tree.map(_in_shards, pretrained, self._shardings.params)
+            params = self.place(pretrained)
             create = partial(TrainState.create, optimizer=self._optimizer)
             return jax.jit(create, out_shardings=self._shardings)(params)
+
+    def place(self, params: PyTree) -> PyTree:
+        """Parameters, which every process holds whole, on the devices; all that :meth:`predict` needs."""
+        return jax.tree.map(_in_shards, params, self._shardings.params)
 
     def trained(self) -> list[str]:
         """Paths of the parameters that are trained."""

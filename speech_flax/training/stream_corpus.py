@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
@@ -16,6 +15,7 @@ from speech_flax.data.sources import DataSource
 from speech_flax.data.stream import Stream
 from speech_flax.data.stream_loader import StreamLoader
 from speech_flax.data.stream_plan import StreamPlan
+from speech_flax.pretrained import pretrained_directory
 from speech_flax.training.corpus import batch_multiple, buckets_from_settings, planned_buckets
 from speech_flax.training.experiment import DataSettings, Experiment, ExperimentError
 from speech_flax.training.processes import exchange
@@ -72,8 +72,13 @@ def open_stream(experiment: Experiment, mesh: Mesh, planned: dict[str, Any] | No
     multiple = batch_multiple(data, mesh, experiment.accumulation)
     buckets = buckets_from_settings(data, multiple) if planned is None else planned_buckets(planned, multiple)
     try:
-        window_size = data.shuffle_buffer // data.stream_readers
-        plan = StreamPlan(buckets, readers=data.stream_readers, window_size=window_size, seed=experiment.seed)
+        plan = StreamPlan(
+            buckets,
+            readers=data.stream_readers,
+            window_size=data.shuffle_buffer // data.stream_readers,
+            seed=experiment.seed,
+            seconds_per_batch=data.batch_seconds,
+        )
     except ValueError as error:
         raise ExperimentError(
             f"data.shuffle_buffer = {data.shuffle_buffer} with data.stream_readers = {data.stream_readers}: {error}"
@@ -93,11 +98,12 @@ def check_streamable(experiment: Experiment) -> None:
 
     Raises:
         ExperimentError: with what to change.
+        FileNotFoundError: when the pretrained model, which may have a vocabulary, is not found.
     """
     data, pretrained = experiment.data, experiment.model.pretrained
     if experiment.task != "ctc":
         reason = f"the labels of task {experiment.task} are found by looking at all of them; leave it out"
-    elif data.vocabulary is None and not (pretrained and (Path(pretrained) / "vocab.json").exists()):
+    elif data.vocabulary is None and not (pretrained and (pretrained_directory(pretrained) / "vocab.json").exists()):
         reason = "its characters are not known beforehand: set data.vocabulary"
     elif data.cache_decoded_mb:
         reason = "what a stream has passed is not kept: leave out data.cache_decoded_mb"

@@ -86,6 +86,13 @@ class Task(Protocol):
             ExperimentError: with what is wrong and an example.
         """
 
+    def check_evaluation(self, ids: Sequence[str], labels: Sequence[str]) -> None:
+        """Refuse utterances that cannot be scored together.
+
+        Raises:
+            ExperimentError, SourceError: with what to change.
+        """
+
     def hypothesis(self, prediction: dict[str, np.ndarray | np.generic]) -> Any:
         """What the model says about one row, as plain data that JSON can hold."""
 

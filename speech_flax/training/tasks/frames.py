@@ -123,6 +123,9 @@ class FrameTask:
         except LabelError as error:
             raise ExperimentError(str(error)) from error
 
+    def check_evaluation(self, ids: Sequence[str], labels: Sequence[str]) -> None:
+        """All utterances can be scored."""
+
     def hypothesis(self, prediction: dict[str, np.ndarray | np.generic]) -> list[int]:
         return prediction["labels"][: prediction["lengths"]].tolist()
 

@@ -95,6 +95,9 @@ class SequenceTask:
             return
         check_classes(labels, self.model.config.id2label)
 
+    def check_evaluation(self, ids: Sequence[str], labels: Sequence[str]) -> None:
+        """All utterances can be scored."""
+
     def hypothesis(self, prediction: dict[str, np.ndarray | np.generic]) -> str | float:
         if self.is_regression:
             return float(prediction["prediction"])

@@ -1,7 +1,6 @@
 """Embeddings of speakers, scored by how well they verify: the same speaker or not?"""
 
 import dataclasses
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,17 +12,18 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 from speech_flax.data.labels import ClassEncoder
-from speech_flax.data.trials import Trial, all_trials, read_trials
+from speech_flax.data.trials import Trial, find_trials, read_trials
 from speech_flax.layers.time_delay import time_delay_context
 from speech_flax.losses import additive_margin_softmax
-from speech_flax.metrics import equal_error_rate
+from speech_flax.metrics import equal_error_rate, pair_scores, trial_scores
 from speech_flax.training.experiment import Experiment, ExperimentError
 from speech_flax.training.family import FAMILIES, Family, make_model
 from speech_flax.training.front_end import FrontEnd
 from speech_flax.training.task import RowResults, ScoredRow, WeightLoader
 from speech_flax.training.tasks.sequences import class_names
 
-logger = logging.getLogger(__name__)
+#: Continues what is wrong with the trials.
+_ADVICE = "; change data.trials, or evaluate on other data"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +87,18 @@ class SpeakerTask:
     def check(self, labels: Sequence[str]) -> None:
         """Speakers need not be known: verification is about unknown ones."""
 
+    def check_evaluation(self, ids: Sequence[str], labels: Sequence[str]) -> None:
+        """Refuse utterances among which there are no trials of both kinds."""
+        if self.trials is None:
+            speakers = len(set(labels))
+            kinds = {"the same speaker": speakers < len(labels), "different speakers": speakers > 1}
+        else:
+            *_, same = find_trials(self.trials, ids)
+            kinds = {"the same speaker": same.any(), "different speakers": not same.all()}
+        for kind, present in kinds.items():
+            if not present:
+                raise ExperimentError(f"no trial is of {kind}, but an equal error rate needs both kinds{_ADVICE}")
+
     def hypothesis(self, prediction: dict[str, np.ndarray | np.generic]) -> list[float]:
         return prediction["embedding"].tolist()
 
@@ -94,30 +106,20 @@ class SpeakerTask:
         """The equal error rate over the trials whose utterances are both here, and how many these are.
 
         Raises:
-            ExperimentError: there are no trials of both kinds.
+            ExperimentError, SourceError: there are no trials of both kinds.
         """
-        ids = [row.id for row in rows]
-        trials = self.trials
-        if trials is None:
-            trials = all_trials(ids, [row.reference for row in rows])
-        number = {name: index for index, name in enumerate(ids)}
-        known = [trial for trial in trials if trial.first in number and trial.second in number]
-        if len(known) < len(trials):
-            missing = next(name for t in trials for name in (t.first, t.second) if name not in number)
-            logger.warning(
-                "%d of %d trials are left out: there is no utterance %s, for one, but %s, for one",
-                len(trials) - len(known), len(trials), missing, ids[0],
-            )  # fmt: skip
         embeddings = np.array([row.hypothesis for row in rows], np.float32)
         embeddings /= np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
-        first = np.array([number[trial.first] for trial in known], int)
-        second = np.array([number[trial.second] for trial in known], int)
-        scores = (embeddings[first] * embeddings[second]).sum(-1)
+        if self.trials is None:
+            scores, same = pair_scores(embeddings, [row.reference for row in rows])
+        else:
+            first, second, same = find_trials(self.trials, [row.id for row in rows])
+            scores = trial_scores(embeddings, first, second)
         try:
-            rate = equal_error_rate(scores, np.array([trial.same for trial in known], bool))
+            rate = equal_error_rate(scores, same)
         except ValueError as error:
-            raise ExperimentError(f"{error}; give data.trials, or other data to evaluate on") from error
-        return {"equal_error_rate": rate, "trials": len(known)}
+            raise ExperimentError(f"{error}{_ADVICE}") from error
+        return {"equal_error_rate": rate, "trials": scores.size}
 
     def examples(self, rows: Sequence[ScoredRow]) -> list[ScoredRow]:
         return []
