@@ -244,6 +244,7 @@ def _compare_speakers(embeddings: dict[str, Any]) -> None:
 def _evaluate(arguments: Sequence[str]) -> int:
     from speech_flax.training.experiment import experiment_parser, parse_experiment
     from speech_flax.training.loop import evaluate_model
+    from speech_flax.training.progress import say
 
     own = argparse.ArgumentParser(
         prog="speech-flax evaluate",
@@ -262,7 +263,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
     options, others = own.parse_known_args(arguments)
     experiment = parse_experiment(parser, others)[0]
     evaluation = evaluate_model(experiment, options.model, options.split)
-    print(json.dumps(evaluation.numbers(), indent=2))
+    say(json.dumps(evaluation.numbers(), indent=2))
     return 0
 
 

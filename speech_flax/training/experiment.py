@@ -151,8 +151,8 @@ class OptimizerSettings:
         betas: Decay rates of the moments.
         epsilon: Added to the root of the second moment.
         max_gradient_norm: Global norm to which gradients are clipped; 0 turns that off.
-        spike_factor: A step whose loss or gradient norm is this many times its running average is skipped; 0 turns
-            that off.
+        spike_factor: A step whose loss or gradient norm is this many times its running average (at least 1) is
+            skipped; 0 turns that off.
         max_skipped_steps: Consecutive skipped steps (not finite, or a spike) that abort the run.
     """
 

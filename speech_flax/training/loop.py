@@ -54,7 +54,7 @@ def train(experiment: Experiment) -> dict[str, Any] | None:
         check_agreement(f"the utterances of data.{name}", str(split.plan_record()))
     task, load_weights = together(lambda: make_task(experiment, splits["train"].labels()))
     check_heads(mesh, task.model.config.num_attention_heads)
-    warn_of_unknown_labels(splits, task)
+    check_evaluation_data(splits, task)
     loaders = {
         name: split.loader(task.label_encoder, experiment.data, task.label_dtype) for name, split in splits.items()
     }
@@ -109,10 +109,15 @@ def open_splits(experiment: Experiment, mesh: jax.sharding.Mesh, run: RunDirecto
     }
 
 
-def warn_of_unknown_labels(splits: dict[str, Split | StreamSplit], task: Task) -> None:
-    """Evaluation data may have labels, or characters in transcripts, that the model cannot predict: say so once."""
+def check_evaluation_data(splits: dict[str, Split | StreamSplit], task: Task) -> None:
+    """Evaluation data may have labels, or characters in transcripts, that the model cannot predict: say so once.
+
+    Raises:
+        ExperimentError, SourceError: for data that cannot be scored at all.
+    """
     for name, split in splits.items():
         if name != "train":
+            task.check_evaluation(split.utterances.ids(), split.labels())
             try:
                 task.check(split.labels())
             except ExperimentError as error:
@@ -209,5 +214,6 @@ def evaluate_model(experiment: Experiment, directory: str, split: str) -> Evalua
         cache=cache,
         label_columns=LABEL_COLUMNS[experiment.task],
     )
+    check_agreement(f"the utterances of data.{split}", str(chosen.plan_record()))
     batches = chosen.loader(task.label_encoder, experiment.data, task.label_dtype).batches()
-    return evaluate(programs.initial_state(params).params, batches, programs.predict, task)
+    return evaluate(programs.place(params), batches, programs.predict, task)

@@ -20,7 +20,7 @@ _LIBRARIES = ("speech_flax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint
 _FREE = ("run_directory", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints", "keep_every")
 _FREE += ("cache_directory", "hang_minutes", "profile_steps", "wandb_project", "distributed")
 _FREE += ("mesh.data", "mesh.fsdp", "mesh.tensor", "data.num_workers", "data.cache_decoded_mb", "accumulation")
-_FREE += ("model.remat", "model.scan_unroll", "data.max_bad_fraction", "optimizer.max_skipped_steps")
+_FREE += ("data.trials", "model.remat", "model.scan_unroll", "data.max_bad_fraction", "optimizer.max_skipped_steps")
 
 
 class RunDirectory:
