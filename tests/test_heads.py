@@ -53,6 +53,10 @@ def initialised(name: str, config, inputs: np.ndarray):
     return model, random_parameters(model, inputs)
 
 
+def applied(model, params, *arguments, **named):
+    return jax.jit(lambda: model.apply({"params": params}, *arguments, **named))()
+
+
 def outputs_alone_and_padded(model, params, inputs, length, padded_length) -> tuple[dict, dict]:
     """Outputs for the first ``length`` positions of an item, without and with padding full of other numbers."""
 
@@ -132,15 +136,15 @@ def test_time_delay_lengths_take_the_dilation_into_account_only_when_corrected()
 def test_classifiers_refuse_adapters(name):
     model = getattr(speech_flax, f"Wav2Vec2BertFor{name}")(BERT.replace(add_adapter=True))
     with pytest.raises(ValueError, match="add_adapter"):
-        model.init(jax.random.key(0), random(1, 9, 6))
+        jax.eval_shape(model.init, jax.random.key(0), random(1, 9, 6))
     with pytest.raises(ValueError, match="add_adapter"):
         config = HUBERT.replace(add_adapter=True)
-        speech_flax.HubertForSequenceClassification(config).init(jax.random.key(0), random(1, 120))
+        jax.eval_shape(speech_flax.HubertForSequenceClassification(config).init, jax.random.key(0), random(1, 120))
 
 
 def test_speaker_model_says_how_many_frames_it_needs():
     with pytest.raises(ValueError, match="6 frames at once"):
-        speech_flax.Wav2Vec2BertForXVector(BERT).init(jax.random.key(0), random(1, 5, 6))
+        jax.eval_shape(speech_flax.Wav2Vec2BertForXVector(BERT).init, jax.random.key(0), random(1, 5, 6))
 
 
 def test_one_label_is_a_regression_of_values():
@@ -148,7 +152,7 @@ def test_one_label_is_a_regression_of_values():
     config = BERT.replace(num_labels=1)
     model, params = initialised("Wav2Vec2BertForSequenceClassification", config, inputs)
     labels = np.array([0.5, -2.0], np.float32)
-    output = model.apply({"params": params}, inputs, labels=labels)
+    output = applied(model, params, inputs, labels=labels)
     assert output.logits.shape == (2, 1)
     np.testing.assert_allclose(output.loss, np.mean((output.logits[:, 0] - labels) ** 2), rtol=1e-6)
 
@@ -156,13 +160,13 @@ def test_one_label_is_a_regression_of_values():
 def test_sequence_labels_of_minus_100_do_not_count_and_several_labels_may_hold():
     inputs = random(2, 9, 6)
     model, params = initialised("Wav2Vec2BertForSequenceClassification", BERT, inputs)
-    output = model.apply({"params": params}, inputs, labels=np.array([-100, 2]))
+    output = applied(model, params, inputs, labels=np.array([-100, 2]))
     np.testing.assert_allclose(output.loss, -jax.nn.log_softmax(output.logits[1])[2], rtol=1e-6)
     several = type(model)(BERT.replace(problem_type="multi_label_classification"))
     labels = np.array([[1, 0, 1], [0, 0, 0]])
     probabilities = jax.nn.sigmoid(output.logits)
     expected = -np.mean(np.log(np.where(labels == 1, probabilities, 1 - probabilities)))
-    np.testing.assert_allclose(several.apply({"params": params}, inputs, labels=labels).loss, expected, rtol=1e-5)
+    np.testing.assert_allclose(applied(several, params, inputs, labels=labels).loss, expected, rtol=1e-5)
 
 
 def test_frame_loss_counts_padding_as_transformers_does_unless_corrected():
@@ -170,12 +174,12 @@ def test_frame_loss_counts_padding_as_transformers_does_unless_corrected():
     model, params = initialised("Wav2Vec2BertForAudioFrameClassification", BERT, inputs)
     labels = np.random.RandomState(1).randint(0, 3, (2, 9))
     one_hot = np.eye(3, dtype=np.float32)[labels]
-    output = model.apply({"params": params}, inputs, mask, labels=one_hot)
+    output = applied(model, params, inputs, mask, labels=one_hot)
     losses = -np.take_along_axis(np.array(jax.nn.log_softmax(output.logits)), labels[:, :, None], -1)[:, :, 0]
     np.testing.assert_allclose(output.loss, losses.mean(), rtol=1e-5)
     corrected = type(model)(BERT.replace(compatibility="corrected"))
     for given in (one_hot, labels):
-        loss = corrected.apply({"params": params}, inputs, mask, labels=given).loss
+        loss = applied(corrected, params, inputs, mask, labels=given).loss
         np.testing.assert_allclose(loss, losses[mask].mean(), rtol=1e-5)
 
 
@@ -183,7 +187,7 @@ def test_tuple_holds_the_loss_first():
     inputs = random(2, 9, 6)
     model, params = initialised("Wav2Vec2BertForAudioFrameClassification", BERT, inputs)
     labels = np.zeros((2, 9), np.int32)
-    loss, logits = model.apply({"params": params}, inputs, None, labels, return_dict=False)
+    loss, logits = applied(model, params, inputs, None, labels, return_dict=False)
     assert loss.shape == () and logits.shape == (2, 9, 3)
 
 

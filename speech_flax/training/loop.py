@@ -11,7 +11,7 @@ from speech_flax.storage import written_locally
 from speech_flax.training.checkpoints import Checkpoints
 from speech_flax.training.corpus import Split, durations_file, open_split
 from speech_flax.training.curves import draw_curves
-from speech_flax.training.evaluation import Evaluation, describe, evaluate
+from speech_flax.training.evaluation import Evaluation, check_evaluations, describe, evaluate
 from speech_flax.training.experiment import Experiment, ExperimentError, experiment_yaml
 from speech_flax.training.metrics_log import check_wandb
 from speech_flax.training.optimizer import Optimizer
@@ -54,7 +54,8 @@ def train(experiment: Experiment) -> dict[str, Any] | None:
         check_agreement(f"the utterances of data.{name}", str(split.plan_record()))
     task, load_weights = together(lambda: make_task(experiment, splits["train"].labels()))
     check_heads(mesh, task.model.config.num_attention_heads)
-    check_evaluation_data(splits, task)
+    check_evaluations(splits, task)
+    warn_of_unknown_labels(splits, task)
     loaders = {
         name: split.loader(task.label_encoder, experiment.data, task.label_dtype) for name, split in splits.items()
     }
@@ -109,15 +110,10 @@ def open_splits(experiment: Experiment, mesh: jax.sharding.Mesh, run: RunDirecto
     }
 
 
-def check_evaluation_data(splits: dict[str, Split | StreamSplit], task: Task) -> None:
-    """Evaluation data may have labels, or characters in transcripts, that the model cannot predict: say so once.
-
-    Raises:
-        ExperimentError, SourceError: for data that cannot be scored at all.
-    """
+def warn_of_unknown_labels(splits: dict[str, Split | StreamSplit], task: Task) -> None:
+    """Evaluation data may have labels, or characters in transcripts, that the model cannot predict: say so once."""
     for name, split in splits.items():
         if name != "train":
-            task.check_evaluation(split.utterances.ids(), split.labels())
             try:
                 task.check(split.labels())
             except ExperimentError as error:
@@ -215,5 +211,6 @@ def evaluate_model(experiment: Experiment, directory: str, split: str) -> Evalua
         label_columns=LABEL_COLUMNS[experiment.task],
     )
     check_agreement(f"the utterances of data.{split}", str(chosen.plan_record()))
+    check_evaluations({split: chosen}, task)
     batches = chosen.loader(task.label_encoder, experiment.data, task.label_dtype).batches()
     return evaluate(programs.place(params), batches, programs.predict, task)
