@@ -69,6 +69,7 @@ def _preflight(row: Row, **more: Any) -> Any:
         "mesh.data": -1,
         "mesh.fsdp": fsdp,
         "data.labels_per_second": 15,
+        "model.remat": "full",  # rows of every size fit; the recipe's own setting is for its batch
         **more,
     }
     experiment = read_experiment(RECIPE, *(f"--{name}={value}" for name, value in settings.items()))
