@@ -1,6 +1,5 @@
 """The feature extractor of Wav2Vec2-BERT, with the interface and the file of Transformers."""
 
-import logging
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,8 +10,6 @@ from speech_flax.audio.log_mel import log_mel, num_log_mel_frames
 
 #: Waveforms are padded to a multiple of this for the computation, so that few shapes are compiled (samples).
 _ROUNDING = 16_000
-
-logger = logging.getLogger(__name__)
 
 
 class SeamlessM4TFeatureExtractor(FeatureExtractor):
@@ -81,12 +78,7 @@ class SeamlessM4TFeatureExtractor(FeatureExtractor):
             ValueError: for another sampling rate or ``padding``, a missing ``max_length``, or waveforms of unequal
                 length without padding into one array.
         """
-        if sampling_rate is None:
-            logger.warning("sampling_rate was not given: waveforms are taken to be at %d Hz", self.sampling_rate)
-        elif sampling_rate != self.sampling_rate:
-            raise ValueError(
-                f"the model was trained at {self.sampling_rate} Hz, but the audio has {sampling_rate} Hz; resample it"
-            )
+        self._check_rate(sampling_rate)
         frames = [{"input_features": self._frames(waveform)} for waveform in _waveforms(raw_speech)]
         padded = self.pad(
             frames,

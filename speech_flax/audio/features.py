@@ -1,11 +1,14 @@
 """What feature extractors share: arrays by name, padding, and the file that describes an extractor."""
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "preprocessor_config.json"
 #: Where Transformers 5 keeps the same fields, under ``feature_extractor``.
@@ -28,6 +31,7 @@ class FeatureExtractor:
     """Base of the feature extractors: padding, and reading and writing ``preprocessor_config.json``."""
 
     input_name: ClassVar[str]
+    sampling_rate: int
     padding_value: float
     return_attention_mask: bool
 
@@ -120,6 +124,14 @@ class FeatureExtractor:
         Path(directory).mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
         (Path(directory) / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+    def _check_rate(self, sampling_rate: int | None) -> None:
+        if sampling_rate is None:
+            logger.warning("sampling_rate was not given: waveforms are taken to be at %d Hz", self.sampling_rate)
+        elif sampling_rate != self.sampling_rate:
+            raise ValueError(
+                f"the model was trained at {self.sampling_rate} Hz, but the audio has {sampling_rate} Hz; resample it"
+            )
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,13 +1,10 @@
 """The feature extractor of HuBERT, with the interface and the file of Transformers: the waveform itself, normalised."""
 
-import logging
 from typing import Any, ClassVar
 
 import numpy as np
 
 from speech_flax.audio.features import BatchFeature, FeatureExtractor, as_arrays, extended
-
-logger = logging.getLogger(__name__)
 
 #: Added to the variance, so that silence stays finite.
 _EPSILON = 1e-7
@@ -79,12 +76,7 @@ class Wav2Vec2FeatureExtractor(FeatureExtractor):
             ValueError: for another sampling rate, several channels, a missing ``max_length``, or waveforms of unequal
                 length without padding into one array.
         """
-        if sampling_rate is None:
-            logger.warning("sampling_rate was not given: waveforms are taken to be at %d Hz", self.sampling_rate)
-        elif sampling_rate != self.sampling_rate:
-            raise ValueError(
-                f"the model was trained at {self.sampling_rate} Hz, but the audio has {sampling_rate} Hz; resample it"
-            )
+        self._check_rate(sampling_rate)
         waveforms = [{"input_values": waveform} for waveform in _mono_waveforms(raw_speech)]
         output = self.pad(
             waveforms,
