@@ -82,6 +82,49 @@ def _is_spike(state: TrainState, loss: Array, norm: Array, factor: float) -> Arr
     return ((loss > factor * usual_loss) | (norm > factor * usual_norm)) & (state.averaged >= _STEPS_BEFORE_SPIKES)
 
 
+def _loss_and_gradients(
+    params: PyTree, batch: dict[str, Array], task: Task, held: PyTree, key: Array, accumulation: int
+) -> tuple[Array, Array, PyTree]:
+    """Loss per utterance, infeasible utterances, and gradients but of what is ``held``, of all micro-batches."""
+    count = jnp.maximum(batch["valid"].sum(), 1)
+
+    def loss_sum(params: PyTree, rows: dict[str, Array], index: Int[Array, ""]):
+        streams = jax.random.split(jax.random.fold_in(key, index), len(RANDOM_STREAMS))
+        rngs = {**dict(zip(RANDOM_STREAMS, streams, strict=True)), "layer_drop": key}  # one draw for all micro-batches
+        params = jax.tree.map(lambda leaf, keep: jax.lax.stop_gradient(leaf) if keep else leaf, params, held)
+        results = task.results(params, rows, deterministic=False, rngs=rngs)
+        return results.losses.sum() / count, results.infeasible.sum()
+
+    def of_rows(rows: dict[str, Array], index: Int[Array, ""]) -> tuple[Array, Array, PyTree]:
+        (loss, infeasible), gradients = jax.value_and_grad(loss_sum, has_aux=True)(params, rows, index)
+        return loss, infeasible, gradients
+
+    if accumulation == 1:
+        return of_rows(batch, jnp.int32(0))
+    zeros = (jnp.float32(0), jnp.int32(0), jax.tree.map(jnp.zeros_like, params))
+    micro = (_micro_batches(batch, accumulation), jnp.arange(accumulation))
+    return jax.lax.scan(lambda sums, one: (jax.tree.map(jnp.add, sums, of_rows(*one)), None), zeros, micro)[0]
+
+
+def _next_state(
+    state: TrainState, taken: Array, params: PyTree, optimizer: PyTree, loss: Array, norm: Array
+) -> TrainState:
+    """The state after a step to ``params`` and ``optimizer``, or after one that was skipped unless ``taken``."""
+    keep = partial(jax.tree.map, lambda new, old: jnp.where(taken, new, old))
+    skipped = (~taken).astype(jnp.int32)
+    averaged = jnp.minimum(state.averaged + 1, _AVERAGED_STEPS)
+    return TrainState(
+        step=state.step + 1,
+        params=keep(params, state.params),
+        optimizer=keep(optimizer, state.optimizer),
+        skipped=state.skipped + skipped,
+        skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,
+        averaged=keep(averaged, state.averaged),
+        average_loss=keep(state.average_loss + (loss - state.average_loss) / averaged, state.average_loss),
+        average_norm=keep(state.average_norm + (norm - state.average_norm) / averaged, state.average_norm),
+    )
+
+
 def train_step(
     state: TrainState,
     batch: dict[str, Array],
@@ -104,43 +147,12 @@ def train_step(
         state = state.replace(averaged=jnp.where(joined, 0, state.averaged))
     held = optimizer.held(state.params, head_only=head_only)
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    count = jnp.maximum(batch["valid"].sum(), 1)
-
-    def loss_sum(params: PyTree, rows: dict[str, Array], index: Int[Array, ""]):
-        streams = jax.random.split(jax.random.fold_in(key, index), len(RANDOM_STREAMS))
-        rngs = {**dict(zip(RANDOM_STREAMS, streams, strict=True)), "layer_drop": key}  # one draw for all micro-batches
-        params = jax.tree.map(lambda leaf, keep: jax.lax.stop_gradient(leaf) if keep else leaf, params, held)
-        results = task.results(params, rows, deterministic=False, rngs=rngs)
-        return results.losses.sum() / count, results.infeasible.sum()
-
-    def accumulate(carry: PyTree, micro: tuple[dict[str, Array], Int[Array, ""]]):
-        (loss, infeasible), gradients = jax.value_and_grad(loss_sum, has_aux=True)(state.params, *micro)
-        return jax.tree.map(jnp.add, carry, (gradients, loss, infeasible)), None
-
-    if accumulation == 1:
-        (loss, infeasible), gradients = jax.value_and_grad(loss_sum, has_aux=True)(state.params, batch, jnp.int32(0))
-    else:
-        zeros = (jax.tree.map(jnp.zeros_like, state.params), jnp.float32(0), jnp.int32(0))
-        micro = (_micro_batches(batch, accumulation), jnp.arange(accumulation))
-        (gradients, loss, infeasible), _ = jax.lax.scan(accumulate, zeros, micro)
-
+    loss, infeasible, gradients = _loss_and_gradients(state.params, batch, task, held, key, accumulation)
     norm = optax.tree.norm(gradients)
     taken = jnp.isfinite(loss) & jnp.isfinite(norm) & ~_is_spike(state, loss, norm, spike_factor)
     rate = optimizer.learning_rate(state.step - state.skipped)
     updates, moved = optimizer.update(gradients, state.optimizer, state.params, head_only=head_only)
-    keep = partial(jax.tree.map, lambda new, old: jnp.where(taken, new, old))
-    skipped = (~taken).astype(jnp.int32)
-    averaged = jnp.minimum(state.averaged + 1, _AVERAGED_STEPS)
-    state = TrainState(
-        step=state.step + 1,
-        params=keep(optax.apply_updates(state.params, updates), state.params),
-        optimizer=keep(moved, state.optimizer),
-        skipped=state.skipped + skipped,
-        skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,
-        averaged=keep(averaged, state.averaged),
-        average_loss=keep(state.average_loss + (loss - state.average_loss) / averaged, state.average_loss),
-        average_norm=keep(state.average_norm + (norm - state.average_norm) / averaged, state.average_norm),
-    )
+    state = _next_state(state, taken, optax.apply_updates(state.params, updates), moved, loss, norm)
     samples = jnp.where(batch["valid"], batch["sample_lengths"], 0).sum(dtype=jnp.float32)
     metrics = StepMetrics(
         loss=loss,
