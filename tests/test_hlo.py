@@ -188,6 +188,42 @@ ENTRY %main (gradient: f32[1024,1024]) -> f32[256,1024] {
     assert (one.kind, one.asynchronous, one.bytes) == ("all-reduce", False, 1024 * 1024 * 4)
 
 
+# A gather on a core of its own, which is made ready before it gets what to send.
+OFFLOADED_GATHER = """HloModule jit_step, is_scheduled=true
+
+%called (shard.1: bf16[1024,256]) -> bf16[1024,4096] {
+  %shard.1 = bf16[1024,256]{1,0} parameter(0)
+  ROOT %gather.1 = bf16[1024,4096]{1,0} all-gather(%shard.1), channel_id=7, replica_groups=[1,16]<=[16], dimensions={1}
+}, execution_thread="sparsecore"
+
+%offloaded (shard.2: bf16[1024,256]) -> bf16[1024,4096] {
+  %shard.2 = bf16[1024,256]{1,0} parameter(0)
+  ROOT %custom-call = bf16[1024,4096]{1,0} custom-call(%shard.2), custom_call_target="offload", called_computations={%called}
+}, execution_thread="sparsecore"
+
+ENTRY %main (shard: bf16[1024,256], x: f32[512,1024]) -> f32[512,1024] {
+  %shard = bf16[1024,256]{1,0} parameter(0)
+  %x = f32[512,1024]{1,0} parameter(1)
+  %call-start = ((), (), s32[8192]{0}) async-start(), async_execution_thread="sparsecore", calls=%offloaded
+  %before = f32[512,1024]{1,0} negate(%x)
+  %call-update = ((bf16[1024,256]{1,0}), bf16[1024,4096]{1,0}, s32[8192]{0}) async-update(%call-start, %shard)
+  %meanwhile = f32[512,1024]{1,0} negate(%before)
+  %call-done = bf16[1024,4096]{1,0} async-done(%call-update)
+  ROOT %after = f32[512,1024]{1,0} negate(%meanwhile)
+}
+"""
+
+
+def test_a_gather_on_a_core_of_its_own_begins_when_it_gets_what_to_send():
+    result = estimate(parse_program(OFFLOADED_GATHER), CHIP)
+    work = 2 * 512 * 1024 * 4 / (MEMORY_EFFICIENCY * CHIP.memory_bandwidth)
+    gather = GATHERED * 15 / 16 / (2 * CHIP.link_bandwidth) + COLLECTIVE_LATENCY
+    (one,) = result.communications
+    assert (one.kind, one.asynchronous, one.bytes, one.times) == ("all-gather", True, GATHERED, 1)
+    assert work < gather and one.exposed == pytest.approx(gather - work)
+    assert result.seconds == pytest.approx(work + gather + work)
+
+
 def test_counted_cycles_replace_the_lower_bound():
     program = parse_program(PROGRAM)
     slow = dataclasses.replace(CHIP, link_bandwidth=1e30)

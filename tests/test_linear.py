@@ -7,12 +7,15 @@ import sys
 
 import pytest
 
+from speech_flax.layers.collectives import compiler_options
+
 #: On eight devices: relative differences from the plain product, and the types that gradients are summed in.
 SCRIPT = """
 import json, re
 import jax, jax.numpy as jnp, numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec as P
+from speech_flax.layers import collectives
 from speech_flax.layers.collectives import sum_scatter
 from speech_flax.layers.linear import Linear, sharded_product
 
@@ -41,14 +44,17 @@ for sizes in ((1, 8, 1), (2, 4, 1), (2, 2, 2)):
 
 mesh = jax.make_mesh((1, 8, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
 terms = normal(3, 8, 16, 24)  # one for each device
-for rows, columns in ((16, 24), (8, 3), (8, 1)):
+for rows, columns, helped in ((16, 24, False), (8, 3, False), (8, 1, False), (16, 24, True)):
+    collectives._helped = lambda: helped
     for dimension in range(2):
         own = terms[:, :rows, :columns] if dimension == 0 else terms[:, :rows, :columns].swapaxes(1, 2)
         scattered = jax.jit(jax.shard_map(
             lambda term: sum_scatter(term[0], "fsdp", dimension), mesh=mesh, in_specs=P("fsdp"),
             out_specs=P("fsdp") if dimension == 0 else P(None, "fsdp"), check_vma=False,
         ))(own)
-        results[f"sum of {rows} x {columns} along {dimension}"] = difference(scattered, own.sum(0))
+        results[f"sum of {rows} x {columns} along {dimension}, helped {helped}"] = difference(scattered, own.sum(0))
+
+collectives._helped = lambda: False
 
 # The values are bfloat16's own, their sum is not: it must be taken in float32.
 ones, small = jnp.ones((8, 1, 8), jnp.bfloat16), jnp.full((8, 1, 8), 1.0, jnp.bfloat16).at[1:].set(2.0**-10)
@@ -91,3 +97,11 @@ def test_gradients_of_bfloat16_products_are_summed_in_float32(results):
 
 def test_rows_that_devices_cannot_share_are_multiplied_whole(results):
     assert results["rows"] < 1e-6
+
+
+def test_the_compiler_is_told_of_cores_that_move_arrays_where_there_are_some(monkeypatch):
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    assert "xla_tpu_enable_sparse_core_collective_offload_all_gather" in compiler_options("TPU v6 lite")
+    assert not compiler_options("cpu") and not compiler_options("TPU v5 lite") and not compiler_options("TPU v5")
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_enable_sparse_core_collective_offload_all_gather=false")
+    assert not compiler_options("TPU v6 lite")

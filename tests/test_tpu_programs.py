@@ -22,7 +22,7 @@ WHOLE_WEIGHT = 1024 * 1024  # elements of the smallest matrix of a layer; all ar
 TRAVELS = ("all-gather", "all-to-all", "collective-permute", "reduce-scatter", "ragged-all-to-all")
 
 
-@pytest.fixture(scope="module", params=["v5e:4x4", "v5p:2x2x2"])
+@pytest.fixture(scope="module", params=["v5e:4x4", "v5p:2x2x2", "v6e:2x4"])
 def program(request) -> Program:
     """The step of a shallow Wav2Vec2-BERT of real width, with parameters sharded over all chips, two rows on each."""
     slice_ = parse_slice(request.param)
@@ -93,6 +93,18 @@ def test_backward_pass_computes_no_product_and_no_attention_again(program):
     assert products and not [name for name in products if "rematted_computation" in name]
     kernels = [one for _, one, times in program.walk() for _ in range(times) if "tpu_custom_call" in one.text]
     assert len(kernels) == 2 * LAYERS  # forward and backward
+
+
+@pytest.mark.parametrize("program", ["v6e:2x4"], indirect=True)
+def test_sparse_cores_gather_weights_and_sum_gradients_beside_other_work(program):
+    of_weights = [  # sums of what is not sharded, as of biases, are small
+        one
+        for _, one, _ in program.walk()
+        if "/layers/" in one.op_name and (sent := program.collective(one)) and collective_kind(sent) in TRAVELS
+    ]
+    assert len(of_weights) >= 3 * 10  # ten matrices: gathered twice, and the sum of their gradients
+    assert {one.opcode for one in of_weights} == {"async-start"}
+    assert all('async_execution_thread="sparsecore"' in one.text for one in of_weights)
 
 
 def test_weights_do_travel(program):

@@ -208,7 +208,9 @@ class _Walker:
                 now += self.run(instruction.attribute("to_apply"), times)
             elif opcode.endswith("-done") or instruction.name.startswith("async-collective-done"):
                 now += self._wait(instruction, in_flight, now, times)
-            elif collective := self.program.collective(instruction):
+            elif opcode == "async-start" and not instruction.operands:
+                continue  # a core of its own is made ready; an update gives it what to send
+            elif collective := self._begun(instruction, computation):
                 communication = self._communication(instruction, collective, times)
                 self.communications.append(communication)
                 # One after another over the same links; a permutation alone uses half of them.
@@ -229,6 +231,12 @@ class _Walker:
                 self.costs.append(Cost(seconds * times, bound, instruction, times))
                 now += seconds
         return now
+
+    def _begun(self, instruction: Instruction, computation: str) -> Instruction | None:
+        """The communication that begins with an instruction."""
+        if instruction.opcode == "async-update":
+            instruction = self.program.tables[computation][instruction.operands[0]]
+        return self.program.collective(instruction)
 
     @property
     def _memory_bandwidth(self) -> float:
@@ -270,7 +278,9 @@ class _Walker:
 
     def _communication(self, instruction: Instruction, collective: Instruction, times: int) -> Communication:
         kind, group = collective_kind(collective), group_size(collective)
-        asynchronous = instruction.opcode.endswith("-start") or instruction.name.startswith("async-collective-start")
+        asynchronous = instruction.opcode.endswith(("-start", "-update")) or instruction.name.startswith(
+            "async-collective-start"
+        )
         moved = _whole_bytes(collective, kind, group)
         passes = 2 if kind == "all-reduce" else 1
         share = (group - 1) / group if kind != "collective-permute" else 1.0

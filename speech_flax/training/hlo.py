@@ -39,8 +39,8 @@ class Instruction:
         raise ValueError(f"the operands of {self.name} do not end")
 
     def attribute(self, name: str) -> str | None:
-        """The name that an attribute like ``calls=%name`` holds."""
-        found = re.search(rf"\b{name}=%?([\w.\-]+)", self.text)
+        """The name that an attribute like ``calls=%name`` or ``called_computations={%name}`` holds."""
+        found = re.search(rf"\b{name}=\{{?%?([\w.\-]+)", self.text)
         return found.group(1) if found else None
 
     @property
@@ -91,17 +91,25 @@ class Program:
     def collective(self, instruction: Instruction) -> Instruction | None:
         """The communication between devices that an instruction is, starts, wraps or waits for; ``None`` for any other.
 
-        Of one that wraps it, the wrapped instruction: of an asynchronous call, of a fusion whose computation is named
-        after it, and of the fusions ``async-collective-start`` and ``-done``, between which those of other work carry
-        the communication on.
+        Of one that wraps it, the wrapped instruction: of an asynchronous call, on a core of its own or not, of a fusion
+        whose computation is named after it, and of the fusions ``async-collective-start`` and ``-done``, between which
+        those of other work carry the communication on.
         """
         if instruction.opcode.startswith(_COLLECTIVES):
             return instruction
         called = instruction.attribute("calls") or ""
         named = any(kind in called for kind in _COLLECTIVES) or instruction.name.startswith("async-collective-")
         if instruction.opcode == "async-start" or (instruction.opcode == "fusion" and named):
-            wrapped = self.computations.get(called, [])
-            return next((inner for inner in wrapped if inner.opcode.startswith(_COLLECTIVES)), None)
+            return self._collective_within(called)
+        return None
+
+    def _collective_within(self, computation: str) -> Instruction | None:
+        for inner in self.computations.get(computation, []):
+            if inner.opcode.startswith(_COLLECTIVES):
+                return inner
+            called = inner.attribute("called_computations")  # of what runs on a core of its own
+            if called and (found := self._collective_within(called)):
+                return found
         return None
 
     def walk(self, computation: str | None = None, times: int = 1) -> Iterator[tuple[str, Instruction, int]]:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from speech_flax.data.loader import Batch
+from speech_flax.layers.collectives import compiler_options
 from speech_flax.training.experiment import Experiment
 from speech_flax.training.optimizer import Optimizer
 from speech_flax.training.progress import say
@@ -49,6 +50,7 @@ class Programs:
         spike_factor: float = 0.0,
     ):
         self.mesh = mesh
+        self._compiler_options = compiler_options(mesh.devices.flat[0].device_kind)
         self._create = partial(self._random_state, task, optimizer, seed)
         with jax.set_mesh(mesh):  # as in `initial_state`, which then need not trace it again
             abstract = jax.eval_shape(self._create)
@@ -153,7 +155,7 @@ class Programs:
             }
             state = self.abstract_state if training else self.abstract_state.params
             with jax.set_mesh(self.mesh):
-                return self._jitted[program].lower(state, abstract).compile()
+                return self._jitted[program].lower(state, abstract).compile(self._compiler_options)
 
         return (program, *(array.shape for array in arrays.values())), compilation
 
