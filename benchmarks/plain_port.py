@@ -72,7 +72,7 @@ def measure(slice_name: str, rows: int, layers: int, remat: str, mesh: MeshSetti
     step = compile_step(experiment, slice_, shape, machine_code=True, compiler=compiler)
     if not step.text:
         raise SystemExit(f"{rows} rows with remat {remat} need {step.peak_bytes / 2**30:.1f} GiB and do not fit")
-    seconds = estimate(parse_program(step.text), slice_.chip, step.cycles).seconds
+    seconds = estimate(parse_program(step.text), slice_, step.cycles).seconds
     flops = 3 * forward_flops(Wav2Vec2BertConfig(**config), rows, round(SECONDS * 16_000), 2)
     return {
         "rows": rows,

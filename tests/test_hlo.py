@@ -9,9 +9,10 @@ import pytest
 from speech_flax.training.bundles import count_cycles, read_cycles
 from speech_flax.training.estimate import COLLECTIVE_LATENCY, MATMUL_EFFICIENCY, MEMORY_EFFICIENCY, estimate
 from speech_flax.training.hlo import array_bytes, collective_kind, group_size, matmul_flops, parse_program
-from speech_flax.training.tpu_slices import CHIPS, SliceError, parse_slice
+from speech_flax.training.tpu_slices import SliceError, parse_slice
 
-CHIP = CHIPS["v5e"]
+SLICE = parse_slice("v5e:4x4")
+CHIP = SLICE.chip
 
 # In the form of the compiler's output: a loop of 3 runs with a product, a gather that the product hides, an all-reduce,
 # and a conditional with one empty branch.
@@ -112,7 +113,7 @@ def test_operations_of_products_and_convolutions(instruction, left, right, expec
 
 
 def test_the_estimate_adds_up_the_schedule():
-    result = estimate(parse_program(PROGRAM), CHIP)
+    result = estimate(parse_program(PROGRAM), SLICE)
     product = PRODUCT / (MATMUL_EFFICIENCY * CHIP.matmul_flops)  # all its arrays are on the chip
     gather = GATHERED * 15 / 16 / (2 * CHIP.link_bandwidth) + COLLECTIVE_LATENCY
     reduction = 2 * 1024 * 1024 * 4 * 3 / 4 / (2 * CHIP.link_bandwidth) + COLLECTIVE_LATENCY
@@ -159,7 +160,7 @@ ENTRY %main (shard: bf16[1024,256], x: f32[512,1024]) -> bf16[1024,4096] {
 
 
 def test_communications_share_the_links_and_may_be_fused_with_other_work():
-    result = estimate(parse_program(FUSED_GATHER), CHIP)
+    result = estimate(parse_program(FUSED_GATHER), SLICE)
     permute = 512 * 1024 * 4 / CHIP.link_bandwidth  # over one link, and half of what there is
     gather = GATHERED * 15 / 16 / (2 * CHIP.link_bandwidth)
     assert [(one.kind, one.asynchronous, one.group) for one in result.communications] == [
@@ -168,6 +169,27 @@ def test_communications_share_the_links_and_may_be_fused_with_other_work():
     ]
     assert result.seconds == pytest.approx(permute / 2 + gather + COLLECTIVE_LATENCY)  # one after the other
     assert sum(one.exposed for one in result.communications) == pytest.approx(result.by_bound["communication"])
+
+
+def test_what_all_send_to_all_passes_the_middle_of_the_slice():
+    text = """HloModule jit_step, is_scheduled=true
+
+ENTRY %main (terms: f32[1024,1024]) -> f32[1024,1024] {
+  %terms = f32[1024,1024]{1,0} parameter(0)
+  ROOT %exchange = f32[1024,1024]{1,0} all-to-all(%terms), channel_id=3, replica_groups=[GROUPS]<=[256], dimensions={0}
+}
+"""
+    sent, link = 1024 * 1024 * 4, CHIP.link_bandwidth
+
+    def seconds(slice_: str, groups: str) -> float:
+        (one,) = estimate(parse_program(text.replace("GROUPS", groups)), parse_slice(slice_)).communications
+        return one.seconds
+
+    # Of 4 x 4 chips, 8 send half of their terms to the others over 4 links; ends of 16 are joined by another link.
+    assert seconds("v5e:4x4", "1,16") == pytest.approx(8 * sent / 2 / 4 / link)
+    assert seconds("v5e:16x16", "16,16") == pytest.approx(8 * sent / 2 / 2 / link)  # one line of the slice
+    assert seconds("v5e:16x16", "1,256") == pytest.approx(128 * sent / 2 / 32 / link)
+    assert seconds("v5p:2x2x2", "1,8") == pytest.approx(4 * sent / 2 / 4 / (2 * link))
 
 
 def test_a_sum_that_a_fusion_wraps_is_waited_for():
@@ -184,7 +206,7 @@ ENTRY %main (gradient: f32[1024,1024]) -> f32[256,1024] {
   ROOT %fusion.4 = f32[256,1024]{1,0} fusion(%gradient), kind=kCustom, calls=%all-reduce-scatter.1
 }
 """
-    (one,) = estimate(parse_program(text), CHIP).communications
+    (one,) = estimate(parse_program(text), SLICE).communications
     assert (one.kind, one.asynchronous, one.bytes) == ("all-reduce", False, 1024 * 1024 * 4)
 
 
@@ -215,7 +237,7 @@ ENTRY %main (shard: bf16[1024,256], x: f32[512,1024]) -> f32[512,1024] {
 
 
 def test_a_gather_on_a_core_of_its_own_begins_when_it_gets_what_to_send():
-    result = estimate(parse_program(OFFLOADED_GATHER), CHIP)
+    result = estimate(parse_program(OFFLOADED_GATHER), SLICE)
     work = 2 * 512 * 1024 * 4 / (MEMORY_EFFICIENCY * CHIP.memory_bandwidth)
     gather = GATHERED * 15 / 16 / (2 * CHIP.link_bandwidth) + COLLECTIVE_LATENCY
     (one,) = result.communications
@@ -226,7 +248,7 @@ def test_a_gather_on_a_core_of_its_own_begins_when_it_gets_what_to_send():
 
 def test_counted_cycles_replace_the_lower_bound():
     program = parse_program(PROGRAM)
-    slow = dataclasses.replace(CHIP, link_bandwidth=1e30)
+    slow = dataclasses.replace(SLICE, chip=dataclasses.replace(CHIP, link_bandwidth=1e30))
     quick, detailed = estimate(program, slow), estimate(program, slow, {"negate": 10_000_000, "fusion.1": 1})
     assert detailed.by_bound["vector"] == pytest.approx(10_000_000 / CHIP.clock)
     assert detailed.by_bound["matmul"] == quick.by_bound["matmul"]
@@ -238,9 +260,9 @@ def test_kernels_count_by_the_estimate_that_they_carry():
         'custom-call(%a), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{COST}}\n}\n'
     )
     cost = '"cost_estimate":{"flops":1970000000,"transcendentals":0,"bytes_accessed":64}'
-    known = estimate(parse_program(call.replace("COST", cost)), CHIP)
+    known = estimate(parse_program(call.replace("COST", cost)), SLICE)
     assert known.seconds == pytest.approx(1e-5 / MATMUL_EFFICIENCY) and not known.unknown
-    assert estimate(parse_program(call.replace("COST", "")), CHIP).unknown
+    assert estimate(parse_program(call.replace("COST", "")), SLICE).unknown
 
 
 def test_room_that_is_only_set_aside_costs_nothing():
@@ -248,8 +270,8 @@ def test_room_that_is_only_set_aside_costs_nothing():
         "ENTRY %main () -> f32[1048576] {\n"
         '  ROOT %room = f32[1048576]{0} custom-call(), custom_call_target="AllocateBuffer"\n}\n'
     )
-    assert estimate(parse_program(room), CHIP).seconds == 0
-    assert estimate(parse_program(room.replace("AllocateBuffer", "Zeros")), CHIP).seconds > 0
+    assert estimate(parse_program(room), SLICE).seconds == 0
+    assert estimate(parse_program(room.replace("AllocateBuffer", "Zeros")), SLICE).seconds > 0
 
 
 BUNDLES = """

@@ -30,7 +30,9 @@ results = {}
 inputs, kernel, cotangent = normal(0, 16, 5, 24), normal(1, 24, 40), normal(2, 16, 5, 40)
 plain = jax.vjp(jnp.matmul, inputs, kernel)
 plain = (plain[0], *plain[1](cotangent))
-for sizes in ((1, 8, 1), (2, 4, 1), (2, 2, 2)):
+meshes = [((1, 8, 1), ""), ((2, 4, 1), ""), ((2, 2, 2), ""), ((1, 8, 1), "TPU v5"), ((2, 4, 1), "TPU v6 lite")]
+for sizes, kind in meshes:
+    collectives._device_kind = lambda: kind
     mesh = jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
     for axes in (("fsdp", "tensor"), ("tensor", "fsdp"), ("fsdp", None)):
         def both(inputs, kernel, cotangent):
@@ -40,21 +42,21 @@ for sizes in ((1, 8, 1), (2, 4, 1), (2, 2, 2)):
             rows, own = NamedSharding(mesh, P(("data", "fsdp"))), NamedSharding(mesh, P(*axes))
             compiled = jax.jit(both, in_shardings=(rows, own, rows), out_shardings=(rows, rows, own))
             sharded = compiled(inputs, kernel, cotangent)
-        results[f"{sizes} {axes}"] = max(map(difference, sharded, plain))
+        results[f"{sizes} {axes} {kind}"] = max(map(difference, sharded, plain))
 
 mesh = jax.make_mesh((1, 8, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
 terms = normal(3, 8, 16, 24)  # one for each device
-for rows, columns, helped in ((16, 24, False), (8, 3, False), (8, 1, False), (16, 24, True)):
-    collectives._helped = lambda: helped
+for rows, columns, kind in ((16, 24, ""), (8, 3, ""), (8, 1, ""), (16, 24, "TPU v6 lite")):
+    collectives._device_kind = lambda: kind
     for dimension in range(2):
         own = terms[:, :rows, :columns] if dimension == 0 else terms[:, :rows, :columns].swapaxes(1, 2)
         scattered = jax.jit(jax.shard_map(
             lambda term: sum_scatter(term[0], "fsdp", dimension), mesh=mesh, in_specs=P("fsdp"),
             out_specs=P("fsdp") if dimension == 0 else P(None, "fsdp"), check_vma=False,
         ))(own)
-        results[f"sum of {rows} x {columns} along {dimension}, helped {helped}"] = difference(scattered, own.sum(0))
+        results[f"sum of {rows} x {columns} along {dimension} {kind}"] = difference(scattered, own.sum(0))
 
-collectives._helped = lambda: False
+collectives._device_kind = lambda: ""
 
 # The values are bfloat16's own, their sum is not: it must be taken in float32.
 ones, small = jnp.ones((8, 1, 8), jnp.bfloat16), jnp.full((8, 1, 8), 1.0, jnp.bfloat16).at[1:].set(2.0**-10)
@@ -84,7 +86,7 @@ def results() -> dict[str, float]:
 def test_sharded_products_and_their_gradients_are_those_of_whole_ones(results):
     """In float32 the order of a few dozen terms differs: by a few roundings of 6e-8."""
     assert {name: error for name, error in results.items() if name.startswith("(") and error > 1e-6} == {}
-    assert sum(name.startswith("(") for name in results) == 9
+    assert sum(name.startswith("(") for name in results) == 15
 
 
 def test_every_device_gets_its_part_of_a_sum(results):
@@ -99,9 +101,11 @@ def test_rows_that_devices_cannot_share_are_multiplied_whole(results):
     assert results["rows"] < 1e-6
 
 
-def test_the_compiler_is_told_of_cores_that_move_arrays_where_there_are_some(monkeypatch):
+def test_the_compiler_is_told_to_communicate_beside_other_work(monkeypatch):
     monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
-    assert "xla_tpu_enable_sparse_core_collective_offload_all_gather" in compiler_options("TPU v6 lite")
-    assert not compiler_options("cpu") and not compiler_options("TPU v5 lite") and not compiler_options("TPU v5")
-    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_enable_sparse_core_collective_offload_all_gather=false")
-    assert not compiler_options("TPU v6 lite")
+    gather = "xla_tpu_enable_sparse_core_collective_offload_all_gather"
+    assert compiler_options("TPU v6 lite")[gather] and not compiler_options("cpu")
+    for kind in ("TPU v5 lite", "TPU v5"):
+        assert compiler_options(kind) == {"xla_tpu_enable_async_all_to_all": True}
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--{gather}=false")
+    assert gather not in compiler_options("TPU v6 lite") and len(compiler_options("TPU v6 lite")) == 4

@@ -79,8 +79,8 @@ def test_no_gradient_of_a_sharded_weight_is_reduced_whole(program):
 def test_gradients_are_summed_in_float32(program):
     sums = [
         instruction.type
-        for instruction, _ in communications(program, "collective-permute", "reduce-scatter")
-        if "ppermute" in instruction.op_name or "reduce_scatter" in instruction.op_name
+        for instruction, _ in communications(program, "all-to-all", "reduce-scatter")
+        if "all_to_all" in instruction.op_name or "reduce_scatter" in instruction.op_name
     ]
     assert sums and all(type_.strip().lstrip("(").startswith("f32") for type_ in sums)
 
@@ -93,6 +93,17 @@ def test_backward_pass_computes_no_product_and_no_attention_again(program):
     assert products and not [name for name in products if "rematted_computation" in name]
     kernels = [one for _, one, times in program.walk() for _ in range(times) if "tpu_custom_call" in one.text]
     assert len(kernels) == 2 * LAYERS  # forward and backward
+
+
+def test_sums_of_gradients_go_on_beside_other_work(program):
+    of_weights = [
+        one
+        for _, one, _ in program.walk()
+        if "/layers/" in one.op_name and (sent := program.collective(one))
+        if collective_kind(sent) in ("all-to-all", "reduce-scatter")
+    ]
+    waited_for = [one.text[:200] for one in of_weights if not one.opcode.endswith("-start")]
+    assert len(of_weights) >= 10 and not waited_for
 
 
 @pytest.mark.parametrize("program", ["v6e:2x4"], indirect=True)

@@ -1,37 +1,56 @@
-"""Sums over the devices of a mesh axis, of which every device keeps its own part."""
+"""What the devices of a mesh axis have together: whole arrays from their parts, and sums of which each keeps a part."""
 
 import os
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-#: Each device makes as many steps less one; beyond that XLA's own operation is better than so long a program.
-_LONGEST_RING = 32
+#: Beyond that, all devices send to all others along a line that is too long.
+_MOST_DEVICES = 32
 #: Chips with cores beside that for matrices ("SparseCores") that can move and sum arrays meanwhile.
 _HELPED = "TPU v6"
-#: What their compiler has to be told for it.
-_OFFLOADING = {
-    "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
-    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
-    "xla_tpu_enable_sparse_core_collective_offload_all_reduce": True,
-    "xla_tpu_use_tc_device_shape_on_sc": True,
-    "xla_sc_disable_megacore_partitioning": True,
+#: Chips whose compiler does nothing else while it gathers.
+_WAITING = ("TPU v5", "TPU v5p")
+#: What compilers have to be told so that communication goes on beside other work, by kind of device.
+_OPTIONS = {
+    _HELPED: {
+        "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
+        "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
+        "xla_tpu_enable_sparse_core_collective_offload_all_reduce": True,
+        "xla_tpu_use_tc_device_shape_on_sc": True,
+        "xla_sc_disable_megacore_partitioning": True,
+    },
+    "TPU v5": {"xla_tpu_enable_async_all_to_all": True},
 }
 
 
 def compiler_options(device_kind: str) -> dict[str, bool]:
     """Options with which a program of ``device_kind`` (as in ``TPU v6 lite``) communicates beside its other work.
 
-    None where the chips need no options, or where the environment's ``LIBTPU_INIT_ARGS`` says what SparseCores do.
+    Left out are those that the environment's ``LIBTPU_INIT_ARGS`` gives, whatever their value.
     """
-    told = "sparse_core" in os.environ.get("LIBTPU_INIT_ARGS", "")
-    return {} if told or not device_kind.startswith(_HELPED) else dict(_OFFLOADING)
+    given = os.environ.get("LIBTPU_INIT_ARGS", "")
+    options = next((options for kind, options in _OPTIONS.items() if device_kind.startswith(kind)), {})
+    return {name: value for name, value in options.items() if name not in given}
 
 
-def _helped() -> bool:
+def _device_kind() -> str:
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return device is not None and device.device_kind.startswith(_HELPED)
+    return "" if device is None else device.device_kind
+
+
+def gather(part: Float[Array, "own_rows own_columns"], axis_name: str, dimension: int) -> Float[Array, "rows columns"]:
+    """The parts of all devices of ``axis_name``, side by side along ``dimension``.
+
+    To be called where ``axis_name`` is manual, as in ``shard_map``. It is ``lax.all_gather``, but on TPU v5p, where
+    every device sends its part to all others: its compiler has other work go on beside that alone.
+    """
+    if _device_kind() not in _WAITING or lax.axis_size(axis_name) > _MOST_DEVICES:
+        return lax.all_gather(part, axis_name, axis=dimension, tiled=True)
+    copies = jnp.broadcast_to(part, (lax.axis_size(axis_name), *part.shape)).reshape(-1, part.shape[1])
+    return lax.all_to_all(copies, axis_name, 0, dimension, tiled=True)
 
 
 def sum_scatter(
@@ -39,32 +58,15 @@ def sum_scatter(
 ) -> Float[Array, "own_rows own_columns"]:
     """The sum of ``terms`` over the devices of ``axis_name``, cut along ``dimension``: device ``i`` gets part ``i``.
 
-    To be called where ``axis_name`` is manual, as in ``shard_map``. What a device holds goes once around a ring of
-    neighbours, half of it in each direction, and every device adds its own term in the type of ``terms``. That is
-    ``lax.psum_scatter`` written out, because the compilers for TPU v5e and v5p make that an all-reduce of the whole,
-    which moves twice as much. On v6e it is left to the SparseCores (:func:`compiler_options`).
+    To be called where ``axis_name`` is manual, as in ``shard_map``. Every device sends all others their parts, and adds
+    up what it gets, in the type of ``terms``. On TPU v6e that is left to the SparseCores, whose compiler is good at
+    ``lax.psum_scatter``; those for v5e and v5p make it an all-reduce of the whole, which moves twice as much, and wait.
 
     Args:
       terms: Each device's own; the size of ``dimension`` is a multiple of the number of devices.
     """
-    if _helped() or lax.axis_size(axis_name) > _LONGEST_RING:
+    devices = lax.axis_size(axis_name)
+    if _device_kind().startswith(_HELPED) or devices > _MOST_DEVICES:
         return lax.psum_scatter(terms, axis_name, scatter_dimension=dimension, tiled=True)
-    other = 1 - dimension
-    half = terms.shape[other] // 2
-    halves = [lax.slice_in_dim(terms, 0, half, axis=other), lax.slice_in_dim(terms, half, None, axis=other)]
-    sums = [_around(part, axis_name, dimension, direction) for part, direction in zip(halves, (1, -1), strict=True)]
-    return lax.concatenate(sums, other)
-
-
-def _around(terms: Array, axis_name: str, dimension: int, direction: int) -> Array:
-    devices, index = lax.axis_size(axis_name), lax.axis_index(axis_name)
-    width = terms.shape[dimension] // devices
-    neighbours = [(device, (device + direction) % devices) for device in range(devices)]
-
-    def part_of(device: Array) -> Array:
-        return lax.dynamic_slice_in_dim(terms, device % devices * width, width, dimension)
-
-    total = part_of(index - direction)
-    for step in range(1, devices):
-        total = lax.ppermute(total, axis_name, neighbours) + part_of(index - direction * (1 + step))
-    return total
+    parts = lax.all_to_all(terms, axis_name, dimension, 0, tiled=True)
+    return parts.reshape(devices, -1, parts.shape[-1]).sum(0)

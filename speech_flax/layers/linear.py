@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from speech_flax.kernels.products import biased, weighted
-from speech_flax.layers.collectives import sum_scatter
+from speech_flax.layers.collectives import gather, sum_scatter
 from speech_flax.layers.sharding import BATCH_AXES, batch_shards, parameter_spec
 
 
@@ -64,7 +64,9 @@ def sharded_product(
 
 def _whole(kernel: Array, dtype: DTypeLike, axes: tuple[str | None, ...]) -> Array:
     shard = lax.with_sharding_constraint(kernel.astype(dtype), P(*axes))
-    return lax.with_sharding_constraint(shard, P(*(None if axis == "fsdp" else axis for axis in axes)))
+    gathered = partial(gather, axis_name="fsdp", dimension=axes.index("fsdp"))
+    own = P(*(axis if axis == "fsdp" else None for axis in axes))
+    return jax.shard_map(gathered, in_specs=own, out_specs=P(), axis_names={"fsdp"}, check_vma=False)(shard)
 
 
 def _product_forward(inputs: Array, kernel: Array, axes: tuple[str | None, ...]) -> tuple[Array, tuple[Array, Array]]:

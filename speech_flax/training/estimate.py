@@ -4,8 +4,9 @@ Every instruction takes the longest of: its matrix products at ``MATMUL_EFFICIEN
 main memory at ``MEMORY_EFFICIENCY`` of the bandwidth; and, where the compiler's final instructions were dumped, their
 number of cycles. Instructions follow each other; prefetches and communication that the schedule starts early cost what
 is left of them when they are waited for. Communication moves along one axis of the network in both directions, one
-after another; a permutation goes one way and leaves the other direction free. Loops count as often as they run. Neither
-the host nor the start of programs is counted.
+after another; a permutation goes one way and leaves the other direction free; what all send to all others is held up
+by the links in the middle of the longest axis. Loops count as often as they run. Neither the host nor the start of
+programs is counted.
 """
 
 import collections
@@ -23,7 +24,7 @@ from speech_flax.training.hlo import (
     group_size,
     matmul_flops,
 )
-from speech_flax.training.tpu_slices import Chip
+from speech_flax.training.tpu_slices import Slice
 
 MATMUL_EFFICIENCY = 0.97
 MEMORY_EFFICIENCY = 0.9
@@ -153,14 +154,14 @@ def _bytes_read_of(program: Program, computation: str, name: str) -> float:
     return total
 
 
-def estimate(program: Program, chip: Chip, cycles: Mapping[str, int] | None = None) -> Estimate:
-    """Walk the schedule of a program for ``chip``.
+def estimate(program: Program, slice_: Slice, cycles: Mapping[str, int] | None = None) -> Estimate:
+    """Walk the schedule of a program for the chips of ``slice_``.
 
     Args:
         cycles: Of instructions by name, from the compiler's final instructions (:mod:`bundles`); without them, what the
             vector unit computes costs its memory traffic alone and the estimate is a lower bound.
     """
-    walker = _Walker(program, chip, dict(cycles or {}))
+    walker = _Walker(program, slice_, dict(cycles or {}))
     seconds = walker.run(program.entry, 1)
     costs = sorted(walker.costs, key=lambda cost: -cost.seconds)
     return Estimate(seconds, costs, walker.communications, dict(walker.unknown))
@@ -169,9 +170,10 @@ def estimate(program: Program, chip: Chip, cycles: Mapping[str, int] | None = No
 class _Walker:
     """Adds up the schedule, computation by computation."""
 
-    def __init__(self, program: Program, chip: Chip, cycles: dict[str, int]):
+    def __init__(self, program: Program, slice_: Slice, cycles: dict[str, int]):
         self.program = program
-        self.chip = chip
+        self.slice = slice_
+        self.chip = slice_.chip
         self.cycles = cycles
         self.costs: list[Cost] = []
         self.communications: list[Communication] = []
@@ -284,6 +286,8 @@ class _Walker:
         moved = _whole_bytes(collective, kind, group)
         passes = 2 if kind == "all-reduce" else 1
         share = (group - 1) / group if kind != "collective-permute" else 1.0
+        if kind == "all-to-all":
+            share = 2 * self.slice.exchange_share(group)  # of two links
         seconds = passes * moved * share / (2 * self.chip.link_bandwidth)
         return Communication(kind, moved, group, times, asynchronous, seconds * times, 0.0, instruction.op_name)
 

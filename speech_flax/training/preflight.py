@@ -180,7 +180,7 @@ class _BucketReporter:
         report = BucketReport(shape, rows, memory, most, seconds)
         if not compiled.text:
             return report
-        return self._with_times(report, estimate(parse_program(compiled.text), self.slice.chip, compiled.cycles))
+        return self._with_times(report, estimate(parse_program(compiled.text), self.slice, compiled.cycles))
 
     def _with_times(self, report: BucketReport, estimated: Estimate) -> BucketReport:
         shape, task = report.shape, self.plan.task

@@ -50,7 +50,6 @@ class Programs:
         spike_factor: float = 0.0,
     ):
         self.mesh = mesh
-        self._compiler_options = compiler_options(mesh.devices.flat[0].device_kind)
         self._create = partial(self._random_state, task, optimizer, seed)
         with jax.set_mesh(mesh):  # as in `initial_state`, which then need not trace it again
             abstract = jax.eval_shape(self._create)
@@ -69,12 +68,13 @@ class Programs:
             accumulation=accumulation,
             spike_factor=spike_factor,
         )
+        jit = partial(jax.jit, compiler_options=compiler_options(mesh.devices.flat[0].device_kind))
         everywhere = NamedSharding(mesh, PartitionSpec())
         results = (self._shardings, everywhere)
         self._jitted = {
-            "train": jax.jit(step, donate_argnums=0, out_shardings=results),
-            "train head": jax.jit(partial(step, head_only=True), donate_argnums=0, out_shardings=results),
-            "evaluate": jax.jit(partial(evaluation_step, task=task), out_shardings=batch_sharding(mesh)),
+            "train": jit(step, donate_argnums=0, out_shardings=results),
+            "train head": jit(partial(step, head_only=True), donate_argnums=0, out_shardings=results),
+            "evaluate": jit(partial(evaluation_step, task=task), out_shardings=batch_sharding(mesh)),
         }
         self.head_only_steps = optimizer.settings.head_only_steps
         self._compiled: dict[tuple, Future[jax.stages.Compiled]] = {}
@@ -155,7 +155,7 @@ class Programs:
             }
             state = self.abstract_state if training else self.abstract_state.params
             with jax.set_mesh(self.mesh):
-                return self._jitted[program].lower(state, abstract).compile(self._compiler_options)
+                return self._jitted[program].lower(state, abstract).compile()
 
         return (program, *(array.shape for array in arrays.values())), compilation
 

@@ -63,6 +63,16 @@ class Slice:
     def num_chips(self) -> int:
         return math.prod(self.shape)
 
+    def exchange_share(self, devices: int) -> float:
+        """How much of what each of ``devices`` chips sends to all of them in equal parts goes over the busiest link.
+
+        A quarter of the number of chips along the longest axis, an eighth where its ends are joined: half of what there
+        is on one side goes to the other. Chips that are not the whole slice are taken to lie in one line.
+        """
+        longest = max(self.shape) if devices == self.num_chips else devices
+        joined = longest % (16 if self.chip.dimensions == 2 else 4) == 0
+        return longest / (8 if joined else 4)
+
 
 def parse_slice(name: str) -> Slice:
     """The slice of a name like ``v5e:4x4`` or ``v5p:2x2x2``.
