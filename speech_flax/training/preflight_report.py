@@ -90,7 +90,8 @@ def assumptions(report: Preflight) -> list[str]:
         f"{chip.link_bandwidth / 1e9:g} GB/s each way",
         "a communication moves bytes x (n-1)/n (all-reduce twice that) over one axis of the network in both "
         f"directions, one after another, and takes {COLLECTIVE_LATENCY * 1e6:g} us at least; a permutation goes one "
-        "way and leaves the other direction free; what runs while they are under way hides them",
+        "way and leaves the other direction free; what all send to all others has to pass the middle of the longest "
+        "axis; what runs while they are under way hides them",
         "MFU: the products and convolutions of the forward pass and of the gradients that training needs, three times "
         "the former if nothing is frozen, over all padded frames; nothing that is recomputed",
         "no layer is dropped, the host keeps up with the device, all chips start together, and steps for the head "
