@@ -30,7 +30,7 @@ results = {}
 inputs, kernel, cotangent = normal(0, 16, 5, 24), normal(1, 24, 40), normal(2, 16, 5, 40)
 plain = jax.vjp(jnp.matmul, inputs, kernel)
 plain = (plain[0], *plain[1](cotangent))
-meshes = [((1, 8, 1), ""), ((2, 4, 1), ""), ((2, 2, 2), ""), ((1, 8, 1), "TPU v5"), ((2, 4, 1), "TPU v6 lite")]
+meshes = [((1, 8, 1), ""), ((2, 4, 1), ""), ((2, 2, 2), ""), ((1, 8, 1), "TPU v6 lite"), ((2, 2, 2), "TPU v5")]
 for sizes, kind in meshes:
     collectives._device_kind = lambda: kind
     mesh = jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
@@ -105,7 +105,7 @@ def test_the_compiler_is_told_to_communicate_beside_other_work(monkeypatch):
     monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
     gather = "xla_tpu_enable_sparse_core_collective_offload_all_gather"
     assert compiler_options("TPU v6 lite")[gather] and not compiler_options("cpu")
-    for kind in ("TPU v5 lite", "TPU v5"):
+    for kind in ("TPU v5 lite", "TPU v5", "TPU v4"):
         assert compiler_options(kind) == {"xla_tpu_enable_async_all_to_all": True}
     monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--{gather}=false")
     assert gather not in compiler_options("TPU v6 lite") and len(compiler_options("TPU v6 lite")) == 4

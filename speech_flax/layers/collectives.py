@@ -11,8 +11,8 @@ from jaxtyping import Array, Float
 _MOST_DEVICES = 32
 #: Chips with cores beside that for matrices ("SparseCores") that can move and sum arrays meanwhile.
 _HELPED = "TPU v6"
-#: Chips whose compiler does nothing else while it gathers.
-_WAITING = ("TPU v5", "TPU v5p")
+#: TPUs that do other work while they gather; all others wait.
+_GATHERING = (_HELPED, "TPU v5 lite", "TPU v5e")
 #: What compilers have to be told so that communication goes on beside other work, by kind of device.
 _OPTIONS = {
     _HELPED: {
@@ -22,7 +22,7 @@ _OPTIONS = {
         "xla_tpu_use_tc_device_shape_on_sc": True,
         "xla_sc_disable_megacore_partitioning": True,
     },
-    "TPU v5": {"xla_tpu_enable_async_all_to_all": True},
+    "TPU": {"xla_tpu_enable_async_all_to_all": True},
 }
 
 
@@ -44,10 +44,11 @@ def _device_kind() -> str:
 def gather(part: Float[Array, "own_rows own_columns"], axis_name: str, dimension: int) -> Float[Array, "rows columns"]:
     """The parts of all devices of ``axis_name``, side by side along ``dimension``.
 
-    To be called where ``axis_name`` is manual, as in ``shard_map``. It is ``lax.all_gather``, but on TPU v5p, where
-    every device sends its part to all others: its compiler has other work go on beside that alone.
+    To be called where ``axis_name`` is manual, as in ``shard_map``. It is ``lax.all_gather``, but on TPUs that wait for
+    it, as v4 and v5p do: there every device sends its part to all others, and other work goes on meanwhile.
     """
-    if _device_kind() not in _WAITING or lax.axis_size(axis_name) > _MOST_DEVICES:
+    waits = _device_kind().startswith("TPU") and not _device_kind().startswith(_GATHERING)
+    if not waits or lax.axis_size(axis_name) > _MOST_DEVICES:
         return lax.all_gather(part, axis_name, axis=dimension, tiled=True)
     copies = jnp.broadcast_to(part, (lax.axis_size(axis_name), *part.shape)).reshape(-1, part.shape[1])
     return lax.all_to_all(copies, axis_name, 0, dimension, tiled=True)
@@ -59,8 +60,8 @@ def sum_scatter(
     """The sum of ``terms`` over the devices of ``axis_name``, cut along ``dimension``: device ``i`` gets part ``i``.
 
     To be called where ``axis_name`` is manual, as in ``shard_map``. Every device sends all others their parts, and adds
-    up what it gets, in the type of ``terms``. On TPU v6e that is left to the SparseCores, whose compiler is good at
-    ``lax.psum_scatter``; those for v5e and v5p make it an all-reduce of the whole, which moves twice as much, and wait.
+    up what it gets, in the type of ``terms``. TPU v6e has its SparseCores do that by ``lax.psum_scatter``, which on v5e
+    and v5p is an all-reduce of the whole: it moves twice as much and is waited for.
 
     Args:
       terms: Each device's own; the size of ``dimension`` is a multiple of the number of devices.
