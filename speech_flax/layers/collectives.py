@@ -67,7 +67,8 @@ def sum_scatter(
       terms: Each device's own; the size of ``dimension`` is a multiple of the number of devices.
     """
     devices = lax.axis_size(axis_name)
-    if _device_kind().startswith(_HELPED) or devices > _MOST_DEVICES:
-        return lax.psum_scatter(terms, axis_name, scatter_dimension=dimension, tiled=True)
-    parts = lax.all_to_all(terms, axis_name, dimension, 0, tiled=True)
-    return parts.reshape(devices, -1, parts.shape[-1]).sum(0)
+    with jax.named_scope("sum_scatter"):
+        if _device_kind().startswith(_HELPED) or devices > _MOST_DEVICES:
+            return lax.psum_scatter(terms, axis_name, scatter_dimension=dimension, tiled=True)
+        parts = lax.all_to_all(terms, axis_name, dimension, 0, tiled=True)
+        return parts.reshape(devices, -1, parts.shape[-1]).sum(0)
