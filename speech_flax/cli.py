@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments and arguments[0] not in ("-h", "--help"):
             print(f"error: there is no command {arguments[0]!r}", file=sys.stderr)
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
-    gc.set_threshold(100_000, 20, 100)  # a sixth of the start was the search for garbage in what is imported and traced
+    gc.set_threshold(100_000, 20, 100)  # a tenth of the start was the search for garbage in what is imported and traced
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of what is none of the user's business
     logging.getLogger("speech_flax").setLevel(logging.INFO)

@@ -10,4 +10,4 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from jaxtyping import install_import_hook
 
 install_import_hook("speech_flax", "beartype.beartype")
-gc.set_threshold(100_000, 20, 100)  # a sixth of the time was the search for garbage in what is imported and traced
+gc.set_threshold(100_000, 20, 100)  # a tenth of the time was the search for garbage in what is imported and traced
