@@ -91,6 +91,7 @@ def scan_layers(
         in_axes=nn.broadcast,
         length=config.num_hidden_layers,
         unroll=scan_unroll,
+        check_constancy_invariants=False,  # the layers are traced once more for it
     )(config, deterministic, output_hidden_states, output_attentions, dtype, name="layers")
     last, (states, attentions) = layers(hidden_states, mask)
     count = range(config.num_hidden_layers)

@@ -1,5 +1,6 @@
 """Checkpoints of the whole training state, written by orbax in the background."""
 
+import functools
 import logging
 import math
 import re
@@ -10,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree
 
@@ -32,23 +32,32 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str | AnyPath, keep: int = 2, keep_every: int | None = None):
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            keep_period=keep_every,
-            create=True,
-            cleanup_tmp_directories=True,
-            enable_async_checkpointing=True,
-        )
         path = storage_path(directory)
         self.directory = path.resolve() if isinstance(path, Path) else path
+        self._kept = {"max_to_keep": keep, "keep_period": keep_every}
         found = [path.name for path in self.directory.iterdir()] if exists(self.directory) else []
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._is_new = not found
         for step in sorted(_numbers(found) - set(self.steps())):
             if jax.process_index() == 0:
                 logger.warning("the checkpoint at step %d in %s is incomplete and left out", step, self.directory)
 
+    @functools.cached_property
+    def _manager(self) -> Any:
+        """Opened when there is something to read or to write: a new run need not wait for the import."""
+        import orbax.checkpoint as ocp
+
+        options = ocp.CheckpointManagerOptions(
+            create=True, cleanup_tmp_directories=True, enable_async_checkpointing=True, **self._kept
+        )
+        return ocp.CheckpointManager(self.directory, options=options)
+
+    def _is_open(self) -> bool:
+        return "_manager" in vars(self)
+
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, in order."""
+        if self._is_new and not self._is_open():
+            return []
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, progress: dict[str, Any]) -> None:
@@ -56,6 +65,8 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
+        import orbax.checkpoint as ocp
+
         record = {"progress": progress, "checksums": checksums(state)}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
         self._manager.save(step, args=items)
@@ -94,6 +105,8 @@ class Checkpoints:
             CheckpointError: when it belongs to another model.
             Exception: when it is damaged.
         """
+        import orbax.checkpoint as ocp
+
         self._check_shapes(abstract, step)
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=items)
@@ -115,6 +128,8 @@ class Checkpoints:
 
     def _check_shapes(self, abstract: TrainState, step: int) -> None:
         """Raise CheckpointError for a checkpoint of another model, ValueError for one that does not say of which."""
+        import orbax.checkpoint as ocp
+
         saved = ocp.StandardCheckpointer().metadata(self.directory / str(step) / "state")
         tree = getattr(saved, "item_metadata", saved)
         theirs, ours = _shapes(tree), _shapes(abstract)
@@ -130,12 +145,14 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Return when every save has been completed."""
-        self._manager.wait_until_finished()
+        if self._is_open():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Finish pending saves and release the directory."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        if self._is_open():
+            self._manager.wait_until_finished()
+            self._manager.close()
 
 
 def checksums(tree: PyTree) -> dict[str, int]:
