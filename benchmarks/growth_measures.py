@@ -114,11 +114,15 @@ def _program_cache() -> tempfile.TemporaryDirectory:
 
 
 def first_step(row: Row) -> Measured:
-    """The quickstart until it says how its first step went: seconds from the start of its process."""
+    """The quickstart until it says how its first step went: seconds from the start of its process. With a warm cache
+    the one in the middle of five starts."""
     cache = _program_cache().name
-    if row["cache"] == "warm" and not any(Path(cache).iterdir()):
+    if row["cache"] == "cold":
+        return _quickstart(cache)
+    if not any(Path(cache).iterdir()):
         _quickstart(cache)
-    return _quickstart(cache)
+    starts = [_quickstart(cache) for _ in range(5)]
+    return sorted(starts, key=lambda start: start["first_step_s"])[2]
 
 
 def _quickstart(cache: str) -> Measured:
