@@ -287,6 +287,8 @@ BUNDLES = """
 def test_cycles_count_bundles_delays_and_runs_of_loops(tmp_path):
     assert count_cycles(BUNDLES.splitlines()) == 8 * (4 + 3) + 1
     assert count_cycles(BUNDLES.replace("%s0, 8", "%s0, %s9").splitlines()) is None
+    predicated = BUNDLES.replace("totalorder %s0", "totalorder (%p2), %s0")  # of a loop around others
+    assert count_cycles(predicated.splitlines()) == count_cycles(BUNDLES.splitlines())
     (tmp_path / "17-fusion.3-42-final_bundles.txt").write_text(BUNDLES)
     (tmp_path / "17-fusion.3-41-schedule-analysis_final_bundles.txt").write_text(BUNDLES)
     assert read_cycles(tmp_path) == {"fusion.3": 57}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:")
 _REGION = re.compile(r"Start region (\d+)")
-_EXIT_TEST = re.compile(r"(%\S+) = scmp\.\w+\.\w+\.totalorder [^,]*, (\S+?)\s*/\* loop exit test")
+_EXIT_TEST = re.compile(r"(%\S+) = scmp\.\w+\.\w+\.totalorder (?:\(\S+\), )?[^,]*, (\S+?)\s*/\* loop exit test")
 _BRANCH = re.compile(r"sbr\.rel \(!?(%\S+?)\) target = \$region(\d+)")
 _DELAY = re.compile(r"vdelay[^0-9]*(\d+)")
 _FILE = re.compile(r"\d+-(.*)-\d+-final_bundles\.txt")
