@@ -1,17 +1,24 @@
 """Convolutions over frames: causal depthwise, and strided for sub-sampling."""
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from speech_flax.kernels import tpu_depthwise
 from speech_flax.kernels.platforms import for_platform
 from speech_flax.layers.linear import Linear
 from speech_flax.layers.sharding import map_rows
+
+#: The outputs of depthwise convolutions have this name for policies of rematerialisation.
+CONVOLVED = "convolved"
 
 
 @jax.custom_vjp
@@ -21,8 +28,27 @@ def causal_depthwise_convolution(
     """Each channel correlated with its own filter over the current and the ``width - 1`` previous frames.
 
     The gradient is written out: what XLA derives for the filters of a grouped convolution is a hundred times slower
-    than the operation itself on the CPU, and does not finish compiling for TPUs.
+    than the operation itself on the CPU, and does not finish compiling for TPUs. The outputs are named ``CONVOLVED``.
     """
+    return _depthwise_forward(inputs, kernel)[0]
+
+
+def _depthwise_forward(inputs: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    outputs = for_platform(inputs, kernel, default=_padded_correlation, **_tpu_kernel(_forward_on_tpu, kernel))
+    return checkpoint_name(outputs, CONVOLVED), (inputs, kernel)
+
+
+def _tpu_kernel(function: Callable[..., Any], kernel: Array) -> dict[str, Callable[..., Any]]:
+    """``function`` as the formulation of TPUs, if it takes such filters."""
+    width, _, channels = kernel.shape
+    return {"tpu": function} if tpu_depthwise.suits(width, channels) else {}
+
+
+def _forward_on_tpu(inputs: Array, kernel: Array) -> Array:
+    return map_rows(tpu_depthwise.forward, inputs, whole=(kernel[:, 0],))
+
+
+def _padded_correlation(inputs: Array, kernel: Array) -> Array:
     return _correlate(jnp.pad(inputs, ((0, 0), (kernel.shape[0] - 1, 0), (0, 0))), kernel)
 
 
@@ -45,12 +71,18 @@ def _correlate(padded: Array, kernel: Array) -> Array:
     return for_platform(padded, kernel, cpu=shifted_sum, default=grouped)
 
 
-def _depthwise_forward(inputs: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return causal_depthwise_convolution(inputs, kernel), (inputs, kernel)
-
-
 def _depthwise_backward(residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
-    return for_platform(*residuals, cotangent, cpu=_gradients_by_fourier, default=_gradients_by_shifts)
+    formulations = {"cpu": _gradients_by_fourier, **_tpu_kernel(_gradients_on_tpu, residuals[1])}
+    return for_platform(*residuals, cotangent, default=_gradients_by_shifts, **formulations)
+
+
+def _gradients_on_tpu(inputs: Array, kernel: Array, cotangent: Array) -> tuple[Array, Array]:
+    def of_own_rows(inputs: Array, cotangent: Array, taps: Array) -> tuple[Array, Array]:
+        of_inputs, of_taps = tpu_depthwise.backward(inputs, cotangent, taps)
+        return of_inputs, of_taps[None]
+
+    of_inputs, of_taps = map_rows(of_own_rows, inputs, cotangent, whole=(kernel[:, 0],))
+    return of_inputs, of_taps.sum(0)[:, None].astype(kernel.dtype)
 
 
 def _gradients_by_shifts(inputs: Array, kernel: Array, cotangent: Array) -> tuple[Array, Array]:

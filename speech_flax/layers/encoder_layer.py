@@ -8,14 +8,16 @@ from jaxtyping import Array, Bool, Float
 
 from speech_flax.configuration import SpeechConfig
 from speech_flax.kernels.fused_attention import ATTENTION
+from speech_flax.layers.convolution import CONVOLVED
+from speech_flax.layers.normalization import STATISTICS
 
 #: What the backward pass finds again without recomputing, by name.
 REMAT_POLICIES = {
     "full": None,
-    "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
+    "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION, STATISTICS),
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(ATTENTION),
+        jax.checkpoint_policies.save_only_these_names(ATTENTION, STATISTICS, CONVOLVED),
     ),
 }
 

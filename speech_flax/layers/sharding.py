@@ -82,15 +82,18 @@ def shard_batch(activations: Shaped[Array, "batch ..."]) -> Shaped[Array, "batch
     return activations if batch_shards() == 1 else jax.lax.with_sharding_constraint(activations, P(BATCH_AXES))
 
 
-def map_rows(function: Callable[..., PyTree], *arrays: Shaped[Array, "batch ..."]) -> PyTree:
-    """``function(*arrays)``, each device computing it for its own rows alone.
+def map_rows(
+    function: Callable[..., PyTree], *arrays: Shaped[Array, "batch ..."], whole: tuple[Array, ...] = ()
+) -> PyTree:
+    """``function(*arrays, *whole)``, each device computing it for its own rows alone; ``whole`` has none.
 
     For what treats every row by itself but which the partitioner cannot cut: it gathers the global batch for a Fourier
     transform on the CPU, for instance. Rows that the devices cannot share equally are not cut.
     """
     if batch_shards() == 1 or arrays[0].shape[0] % batch_shards():
-        return function(*arrays)
-    return jax.shard_map(function, in_specs=P(BATCH_AXES), out_specs=P(BATCH_AXES), check_vma=False)(*arrays)
+        return function(*arrays, *whole)
+    specs = (*(P(BATCH_AXES) for _ in arrays), *(P() for _ in whole))
+    return jax.shard_map(function, in_specs=specs, out_specs=P(BATCH_AXES), check_vma=False)(*arrays, *whole)
 
 
 def sum_over_rows(function: Callable[..., Array], *arrays: Shaped[Array, "batch ..."]) -> Array:
