@@ -1,4 +1,4 @@
-"""The depthwise kernels of TPUs, interpreted, against the definition; for TPUs they are compiled in the step's tests."""
+"""The depthwise kernels of TPUs, interpreted, against the definition; the step's tests compile them for TPUs."""
 
 import functools
 

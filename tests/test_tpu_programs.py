@@ -56,12 +56,13 @@ def test_activations_stay_where_their_rows_are(program):
     assert not moved
 
 
-def test_attention_takes_states_as_they_lie(program):
-    """Nothing is padded, turned or copied for the kernels, but for what is computed again in the backward pass."""
+def test_kernels_take_states_as_they_lie(program):
+    """Nothing is padded, turned or copied for them, but for what is computed again in the backward pass."""
     moved = [
         f"{instruction.opcode} {instruction.type} {instruction.op_name}"
         for _, instruction, _ in program.walk()
-        if instruction.opcode in ("copy", "pad", "transpose") and "/self_attn/" in instruction.op_name
+        if instruction.opcode in ("copy", "pad", "transpose")
+        if "/self_attn/" in instruction.op_name or "/depthwise_conv/" in instruction.op_name
         if "rematted" not in instruction.op_name and math.prod(array_shape(instruction.type)) >= 2 * FRAMES * 1024
     ]
     assert not moved
@@ -85,14 +86,15 @@ def test_gradients_are_summed_in_float32(program):
     assert len(sums) >= 10 and all(type_.strip().lstrip("(").startswith("f32") for type_ in sums)
 
 
-def test_backward_pass_computes_no_product_and_no_attention_again(program):
+def test_backward_pass_computes_no_product_no_attention_and_no_convolution_again(program):
     instructions = [instruction for body in program.computations.values() for instruction in body]
     products = [
         one.op_name for one in instructions if one.opcode in ("dot", "convolution") and "dot_gen" in one.op_name
     ]
     assert products and not [name for name in products if "rematted_computation" in name]
     kernels = [one for _, one, times in program.walk() for _ in range(times) if "tpu_custom_call" in one.text]
-    assert len(kernels) == 2 * LAYERS  # forward and backward
+    for module in ("self_attn", "depthwise_conv"):
+        assert sum(f"/{module}/" in one.op_name for one in kernels) == 2 * LAYERS  # forward and backward
 
 
 def test_sums_of_gradients_go_on_beside_other_work(program):

@@ -69,9 +69,7 @@ class _Blocks:
 
     def for_frames(self, function) -> None:
         """Call ``function`` with the first of every ``_AT_ONCE`` frames of a block."""
-        lax.fori_loop(
-            0, self.length // _AT_ONCE, lambda i, _: function(pl.multiple_of(i * _AT_ONCE, _AT_ONCE)), None
-        )
+        lax.fori_loop(0, self.length // _AT_ONCE, lambda i, _: function(pl.multiple_of(i * _AT_ONCE, _AT_ONCE)), None)
 
 
 def _shifted(states_ref, first: Array, places: Iterable[int]) -> Iterable[tuple[int, Array]]:
