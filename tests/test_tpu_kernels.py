@@ -1,4 +1,4 @@
-"""The attention kernels, compiled for every kind of TPU at the sizes of real models, without a TPU."""
+"""The kernels, compiled for every kind of TPU at the sizes of real models, without a TPU."""
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +7,13 @@ from jax.sharding import SingleDeviceSharding
 
 from speech_flax.kernels.positions import RelativeKey
 from speech_flax.layers.attention import attention
+from speech_flax.layers.convolution import causal_depthwise_convolution
 from speech_flax.training.tpu_slices import parse_slice, prepare_compiler, slice_devices
 
 pytestmark = pytest.mark.tpu
 
 BFLOAT16, FLOAT32 = jnp.bfloat16, jnp.float32
+SLICES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 
 # rows, frames, heads, head size, computation type, (left, right) of relative keys or None, dropout
 SIZES = {
@@ -27,7 +29,15 @@ def compiler():
     prepare_compiler()
 
 
-@pytest.mark.parametrize("slice_name", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+# rows, frames, channels, width, computation type
+CONVOLUTIONS = {
+    "w2v-bert-2.0, 20 s": (16, 1019, 1024, 31, BFLOAT16),
+    "w2v-bert-2.0, 5 min": (1, 15000, 1024, 31, BFLOAT16),
+    "short, float32": (3, 45, 640, 5, FLOAT32),
+}
+
+
+@pytest.mark.parametrize("slice_name", SLICES)
 @pytest.mark.parametrize("size", SIZES)
 def test_training_with_the_kernels_compiles_and_holds_no_score_matrix(slice_name, size):
     rows, frames, heads, head_size, dtype, reach, rate = SIZES[size]
@@ -52,3 +62,19 @@ def test_training_with_the_kernels_compiles_and_holds_no_score_matrix(slice_name
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
     score_matrix = rows * heads * frames**2 * jnp.dtype(dtype).itemsize
     assert compiled.memory_analysis().temp_size_in_bytes < score_matrix
+
+
+@pytest.mark.parametrize("slice_name", SLICES)
+@pytest.mark.parametrize("size", CONVOLUTIONS)
+def test_depthwise_convolution_compiles_to_one_kernel_in_each_direction(slice_name, size):
+    rows, frames, channels, width, dtype = CONVOLUTIONS[size]
+    sharding = SingleDeviceSharding(slice_devices(parse_slice(slice_name))[0])
+    states = jax.ShapeDtypeStruct((rows, frames, channels), dtype, sharding=sharding)
+    kernel = jax.ShapeDtypeStruct((width, 1, channels), dtype, sharding=sharding)
+
+    def loss(inputs, kernel):
+        return jnp.square(causal_depthwise_convolution(inputs, kernel).astype(jnp.float32)).sum()
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    compiled = gradient.trace(states, kernel).lower(lowering_platforms=("tpu",)).compile()
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
