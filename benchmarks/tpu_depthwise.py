@@ -37,7 +37,7 @@ def milliseconds(function: Callable, slice_: Slice, rows: int, frames: int, back
     sharding = SingleDeviceSharding(slice_devices(slice_)[0])
     states = jax.ShapeDtypeStruct((rows, frames, CHANNELS), jnp.bfloat16, sharding=sharding)
     kernel = jax.ShapeDtypeStruct((WIDTH, 1, CHANNELS), jnp.bfloat16, sharding=sharding)
-    for file in dumps.iterdir():  # of the program before, whose instructions may have the same names
+    for file in dumps.glob("*.txt"):  # of the program before, whose instructions may have the same names
         file.unlink()
 
     def run(*operands):  # neighbours that use no convolution's layout, as norms and gates are
