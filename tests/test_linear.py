@@ -104,8 +104,9 @@ def test_rows_that_devices_cannot_share_are_multiplied_whole(results):
 def test_the_compiler_is_told_to_communicate_beside_other_work(monkeypatch):
     monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
     gather = "xla_tpu_enable_sparse_core_collective_offload_all_gather"
-    assert compiler_options("TPU v6 lite")[gather] and not compiler_options("cpu")
+    assert compiler_options("TPU v6 lite", 8)[gather] and not compiler_options("cpu", 8)
     for kind in ("TPU v5 lite", "TPU v5", "TPU v4"):
-        assert compiler_options(kind) == {"xla_tpu_enable_async_all_to_all": True}
+        assert compiler_options(kind, 16) == {"xla_tpu_enable_async_all_to_all": True}
+    assert not compiler_options("TPU v5 lite", 32)  # refused there
     monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--{gather}=false")
-    assert gather not in compiler_options("TPU v6 lite") and len(compiler_options("TPU v6 lite")) == 4
+    assert gather not in compiler_options("TPU v6 lite", 8) and len(compiler_options("TPU v6 lite", 8)) == 4

@@ -11,8 +11,11 @@ from jaxtyping import Array, Float
 _MOST_DEVICES = 32
 #: Chips with cores beside that for matrices ("SparseCores") that can move and sum arrays meanwhile.
 _HELPED = "TPU v6"
+_LIGHT = ("TPU v5 lite", "TPU v5e")
+#: Devices of a slice beyond which these cannot exchange arrays beside other work, but scatter sums by themselves.
+_MOST_LIGHT = 16
 #: TPUs that do other work while they gather; all others wait.
-_GATHERING = (_HELPED, "TPU v5 lite", "TPU v5e")
+_GATHERING = (_HELPED, *_LIGHT)
 #: What compilers have to be told so that communication goes on beside other work, by kind of device.
 _OPTIONS = {
     _HELPED: {
@@ -26,11 +29,14 @@ _OPTIONS = {
 }
 
 
-def compiler_options(device_kind: str) -> dict[str, bool]:
-    """Options with which a program of ``device_kind`` (as in ``TPU v6 lite``) communicates beside its other work.
+def compiler_options(device_kind: str, devices: int) -> dict[str, bool]:
+    """Options with which a program of ``devices`` of ``device_kind`` (as in ``TPU v6 lite``) communicates beside its
+    other work.
 
     Left out are those that the environment's ``LIBTPU_INIT_ARGS`` gives, whatever their value.
     """
+    if device_kind.startswith(_LIGHT) and devices > _MOST_LIGHT:
+        return {}
     given = os.environ.get("LIBTPU_INIT_ARGS", "")
     options = next((options for kind, options in _OPTIONS.items() if device_kind.startswith(kind)), {})
     return {name: value for name, value in options.items() if name not in given}
@@ -39,6 +45,12 @@ def compiler_options(device_kind: str) -> dict[str, bool]:
 def _device_kind() -> str:
     device = jax.sharding.get_abstract_mesh().abstract_device
     return "" if device is None else device.device_kind
+
+
+def _scatters_sums() -> bool:
+    """Whether the devices have a good ``lax.psum_scatter``."""
+    light = _device_kind().startswith(_LIGHT) and jax.sharding.get_abstract_mesh().size > _MOST_LIGHT
+    return light or _device_kind().startswith(_HELPED)
 
 
 def gather(part: Float[Array, "own_rows own_columns"], axis_name: str, dimension: int) -> Float[Array, "rows columns"]:
@@ -60,15 +72,15 @@ def sum_scatter(
     """The sum of ``terms`` over the devices of ``axis_name``, cut along ``dimension``: device ``i`` gets part ``i``.
 
     To be called where ``axis_name`` is manual, as in ``shard_map``. Every device sends all others their parts, and adds
-    up what it gets, in the type of ``terms``. TPU v6e has its SparseCores do that by ``lax.psum_scatter``, which on v5e
-    and v5p is an all-reduce of the whole: it moves twice as much and is waited for.
+    up what it gets, in the type of ``terms``. The SparseCores of TPU v6e and larger slices of v5e do better by
+    ``lax.psum_scatter``; elsewhere that is an all-reduce of the whole, which moves twice as much and is waited for.
 
     Args:
       terms: Each device's own; the size of ``dimension`` is a multiple of the number of devices.
     """
     devices = lax.axis_size(axis_name)
     with jax.named_scope("sum_scatter"):
-        if _device_kind().startswith(_HELPED) or devices > _MOST_DEVICES:
+        if _scatters_sums() or devices > _MOST_DEVICES:
             return lax.psum_scatter(terms, axis_name, scatter_dimension=dimension, tiled=True)
         parts = lax.all_to_all(terms, axis_name, dimension, 0, tiled=True)
         return parts.reshape(devices, -1, parts.shape[-1]).sum(0)

@@ -68,7 +68,7 @@ class Programs:
             accumulation=accumulation,
             spike_factor=spike_factor,
         )
-        jit = partial(jax.jit, compiler_options=compiler_options(mesh.devices.flat[0].device_kind))
+        jit = partial(jax.jit, compiler_options=compiler_options(mesh.devices.flat[0].device_kind, mesh.size))
         everywhere = NamedSharding(mesh, PartitionSpec())
         results = (self._shardings, everywhere)
         self._jitted = {

@@ -8,6 +8,7 @@ import math
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
@@ -37,7 +38,11 @@ def make_mesh(settings: MeshSettings, devices: list[jax.Device] | None = None) -
         )
     if free:
         sizes[free[0]] = present // taken
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices)
+    shape, names, types = tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * 3
+    try:
+        return jax.make_mesh(shape, names, axis_types=types, devices=devices)
+    except NotImplementedError:  # fsdp 16 on 8 x 8 chips, say: no axes of the network make up that of the mesh
+        return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), names, types)
 
 
 def process_shard(mesh: Mesh) -> tuple[int, int]:
