@@ -8,8 +8,8 @@ float32 parameters, and see clips of 20.4 s.
 
 The plain port is what comes of writing the reference implementation's formulas in JAX: scores, their softmax and a
 tensor of embeddings for every pair of frames in main memory, normalisation differentiated by JAX, parameters whole on
-every chip, and all of a layer computed again in the backward pass, without which it does not fit. What XLA cannot
-compile by itself, the gradient of the depthwise convolution, and the CTC loss are this library's in both.
+every chip, and all of a layer computed again in the backward pass, without which it does not fit. The depthwise
+convolution is XLA's, with its gradient by shifts, because XLA's own does not compile; the CTC loss is this library's.
 """
 
 import argparse
@@ -42,19 +42,21 @@ def plain_attention(query, key, value, mask, positions=None, seeds=None, *, drop
     return jnp.einsum("bhlr,brhd->blhd", probabilities, value)
 
 
-def plain_layer_norm(inputs, scale, bias, epsilon):
+def plain_layer_norm(inputs, scale, bias, epsilon, dtype):
     values = inputs.astype(jnp.float32)
     mean = values.mean(-1, keepdims=True)
     variance = jnp.square(values - mean).mean(-1, keepdims=True)
-    return (values - mean) / jnp.sqrt(variance + epsilon) * scale + bias
+    return ((values - mean) / jnp.sqrt(variance + epsilon) * scale + bias).astype(dtype)
 
 
 def compile_port(*arguments) -> None:
     """Compile the same step with the formulas above."""
+    from speech_flax.kernels import tpu_depthwise
     from speech_flax.layers import attention, normalization
 
     attention.fused_attention = plain_attention
     normalization.layer_norm = plain_layer_norm
+    tpu_depthwise.suits = lambda width, channels: False
     compile_here(*arguments)
 
 
