@@ -46,24 +46,29 @@ def cycles(direction: str, device: jax.Device, rows: int, frames: int, relative:
     return max(count for instruction, count in read_cycles(dumps).items() if instruction not in before)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def slices_and_sizes(description: str) -> tuple[list[str], int, int]:
+    """What the command line says: names of slices, rows, and frames of each."""
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("--slices", nargs="+", default=["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=20.4)
     arguments = parser.parse_args()
-    frames = int(arguments.seconds * 50)
-    print(f"{arguments.rows} rows of {frames} frames, {HEADS} heads of {HEAD_SIZE}, bfloat16\n")
+    return arguments.slices, arguments.rows, int(arguments.seconds * 50)
+
+
+def main() -> None:
+    slices, rows, frames = slices_and_sizes(__doc__)
+    print(f"{rows} rows of {frames} frames, {HEADS} heads of {HEAD_SIZE}, bfloat16\n")
     print("| attention | chip | forward [ms] | backward [ms] |\n| --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as directory:
         dumps = Path(directory)
         prepare_compiler(machine_code=dumps)
         for case, (relative, rate) in CASES.items():
-            for name in arguments.slices:
+            for name in slices:
                 slice_ = parse_slice(name)
                 device = slice_devices(slice_)[0]
                 counts = [
-                    cycles(direction, device, arguments.rows, frames, relative, rate, dumps)
+                    cycles(direction, device, rows, frames, relative, rate, dumps)
                     for direction in ("forward", "backward")
                 ]
                 times = " | ".join(f"{count / slice_.chip.clock * 1e3:.2f}" for count in counts)

@@ -7,7 +7,6 @@ table in milliseconds of one layer, by the method of the detailed preflight: of 
 longest of its cycles and its traffic with the main memory. An estimate.
 """
 
-import argparse
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
+from tpu_attention import slices_and_sizes
 
 from speech_flax.layers import convolution
 from speech_flax.training.bundles import read_cycles
@@ -52,21 +52,16 @@ def milliseconds(function: Callable, slice_: Slice, rows: int, frames: int, back
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--slices", nargs="+", default=["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-    parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--seconds", type=float, default=20.4)
-    arguments = parser.parse_args()
-    frames = int(arguments.seconds * 50)
-    print(f"{arguments.rows} rows of {frames} frames, {CHANNELS} filters of {WIDTH}, bfloat16\n")
+    slices, rows, frames = slices_and_sizes(__doc__)
+    print(f"{rows} rows of {frames} frames, {CHANNELS} filters of {WIDTH}, bfloat16\n")
     print("| depthwise convolution | chip | forward [ms] | backward [ms] |\n| --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as directory:
         dumps = Path(directory)
         prepare_compiler(programs=dumps, machine_code=dumps)
         for name, directions in FORMULATIONS.items():
-            for slice_ in map(parse_slice, arguments.slices):
+            for slice_ in map(parse_slice, slices):
                 times = [
-                    milliseconds(function, slice_, arguments.rows, frames, bool(number), dumps)
+                    milliseconds(function, slice_, rows, frames, bool(number), dumps)
                     for number, function in enumerate(directions)
                 ]
                 print(f"| {name} | {slice_.chip.name} | {times[0]:.2f} | {times[1]:.2f} |", flush=True)

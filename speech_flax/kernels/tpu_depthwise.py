@@ -5,7 +5,7 @@ one pass over the states for every few taps. Here a program has one block of fra
 reads it shifted by less than a register; shifts by whole registers cost nothing.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ class _Blocks:
         self.after = self._halo(lambda i: jnp.minimum((i + 1) * (self.length // _HALO), last))
         self.scratch = pltpu.VMEM((_HALO + self.length, _LANES), jnp.float32)
 
-    def _halo(self, place) -> pl.BlockSpec:
+    def _halo(self, place: Callable[[Array], Array]) -> pl.BlockSpec:
         return pl.BlockSpec((1, _HALO, self.width), lambda c, b, i: (b, place(i), c))
 
     def filters(self, *leading: int) -> pl.BlockSpec:
@@ -59,7 +59,7 @@ class _Blocks:
         frame = first + lax.broadcasted_iota(jnp.int32, values.shape, 0)
         return jnp.where((frame >= 0) & (frame < self.frames), values.astype(jnp.float32), 0)
 
-    def for_lanes(self, function) -> None:
+    def for_lanes(self, function: Callable[[pl.Slice], None]) -> None:
         """Call ``function`` for every 128 channels of a block."""
 
         def of_lanes(index: Array, _: None) -> None:
@@ -67,7 +67,7 @@ class _Blocks:
 
         lax.fori_loop(0, self.width // _LANES, of_lanes, None)
 
-    def for_frames(self, function) -> None:
+    def for_frames(self, function: Callable[[Array], None]) -> None:
         """Call ``function`` with the first of every ``_AT_ONCE`` frames of a block."""
         lax.fori_loop(0, self.length // _AT_ONCE, lambda i, _: function(pl.multiple_of(i * _AT_ONCE, _AT_ONCE)), None)
 

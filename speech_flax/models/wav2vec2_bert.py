@@ -89,8 +89,9 @@ class Wav2Vec2BertModel(PretrainedModel, nn.Module):
     Attributes:
       config: Configuration.
       dtype: Computation type; parameters are float32, norms and softmax are computed in float32.
-      remat: What the backward pass recomputes: nothing (``"none"``), all but matrix products and attention
-        (``"dots"``), all but attention (``"attention"``), or each layer from its input (``"full"``).
+      remat: What the backward pass recomputes: nothing (``"none"``), all but matrix products, depthwise
+        convolutions and attention (``"dots"``), all but attention (``"attention"``), or each layer from its input
+        (``"full"``).
       scan_unroll: Layers per iteration of the compiled loop.
     """
 

@@ -59,8 +59,9 @@ class ModelSettings:
             random weights.
         config: Fields of the model's configuration that replace the defaults, or those of ``pretrained``.
         dtype: Computation type. Parameters are always float32; softmax, norms and losses are computed in float32.
-        remat: What is kept for the backward pass: all ("none"), matrix products and attention ("dots"), attention
-            and layer inputs ("attention"), or layer inputs only ("full").
+        remat: What is kept for the backward pass: all ("none"), matrix products, depthwise convolutions and attention
+            ("dots"), attention and layer inputs ("attention"), both with the statistics of layer norms, or layer
+            inputs only ("full").
         scan_unroll: Encoder layers per iteration of the compiled loop: more compile slower and may run faster.
         frozen: Regular expressions; parameters in whose path one is found are not trained, such as feature_extractor.
             The encoder's layers are one stack: all of them or none.
