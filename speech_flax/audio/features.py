@@ -142,8 +142,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def extended(values: np.ndarray, length: int, padding_value: int | float) -> np.ndarray:
-    """``values`` with ``padding_value`` behind them, up to ``length``."""
-    missing = max(0, length - len(values))
+    """``values`` with ``padding_value`` behind them, up to ``length``; themselves if they are as long."""
+    missing = length - len(values)
+    if missing <= 0:
+        return values
     return np.pad(values, ((0, missing), *[(0, 0)] * (values.ndim - 1)), constant_values=padding_value)
 
 

@@ -1,6 +1,7 @@
 """How attention is cut into pieces for a TPU: what the kernels of both directions share."""
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from speech_flax.kernels.dropout import kept
 
 #: Where a tile of keys lies, as seen from one of queries; ``NEAR`` is in the window, or anywhere without relative keys.
 NEAR, LEFT, RIGHT = 0, 1, 2
+#: Tiles of keys that are handled together: matrix units of 256 x 256 take two.
+_PAIR = 2
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -24,12 +27,14 @@ class Keys:
     """A tile of keys, as a tile of queries sees it.
 
     Attributes:
-      rows: Its place in the block of keys.
-      first: Its first frame in that block.
+      number: Which tile of the block of keys it is.
+      rows: Its frames in that block.
+      first: The first of them.
       apart: How many tiles it lies to the right of the queries; ``None`` without relative keys.
       near: The values of ``apart`` at which it belongs to the window, of those that can occur.
     """
 
+    number: int | Int[Array, ""]
     rows: pl.Slice
     first: int | Int[Array, ""]
     apart: Int[Array, ""] | None
@@ -117,6 +122,16 @@ class Layout:
         return self.block // self.tile
 
     @property
+    def pairs(self) -> int:
+        """Pairs of tiles, of which the last may be a single one."""
+        return -(-self.tiles // _PAIR)
+
+    @property
+    def pair(self) -> int:
+        """Keys of a pair of tiles."""
+        return _PAIR * self.tile
+
+    @property
     def rows(self) -> int:
         """Rows of a tile of queries of all heads of a group."""
         return self.group * self.tile
@@ -163,29 +178,67 @@ class Layout:
         """The rows of every head of a group."""
         return [stacked[head * self.tile : (head + 1) * self.tile] for head in range(self.group)]
 
-    def keys(self, query_block: Array, key_block: Array, index: Array) -> list[Keys]:
-        """The tiles of a block of keys, for the ``index``-th tile of a block of queries; those of the window last.
+    def queries(self, index: int | Int[Array, ""]) -> pl.Slice:
+        """The frames that the ``index``-th tile of a block has."""
+        return pl.ds(pl.multiple_of(index * self.tile, self.tile), self.tile)
+
+    def keys(self, query_block: Array, key_block: Array, index: int | Int[Array, ""]) -> list[list[Keys]]:
+        """The tiles of a block of keys, for the ``index``-th tile of a block of queries, in pairs; those of the window
+        first.
 
         With relative keys the order turns with the queries, so that which tiles can lie in the window is known when
         the kernel is compiled.
         """
+        tiles = [self._keys(query_block, key_block, index, turn) for turn in range(self.tiles)]
+        tiles.sort(key=lambda keys: not keys.near)
+        return [tiles[first : first + _PAIR] for first in range(0, self.tiles, _PAIR)]
+
+    def _keys(self, query_block: Array, key_block: Array, index: int | Int[Array, ""], turn: int) -> Keys:
         if not self.relative:
-            return [Keys(pl.ds(tile * self.tile, self.tile), tile * self.tile, None, ()) for tile in range(self.tiles)]
-        keys = []
-        for turn in range(self.tiles):
-            number = index + turn
-            number = jnp.where(number >= self.tiles, number - self.tiles, number)
-            apart = (key_block - query_block) * self.tiles + number - index
-            first = pl.multiple_of(number * self.tile, self.tile)
-            near = tuple(tiles for tiles in self.near if (tiles - turn) % self.tiles == 0)
-            keys.append(Keys(pl.ds(first, self.tile), first, apart, near))
-        return sorted(keys, key=lambda tile: bool(tile.near))
+            return Keys(turn, pl.ds(turn * self.tile, self.tile), turn * self.tile, None, ())
+        number = index + turn
+        number = jnp.where(number >= self.tiles, number - self.tiles, number)
+        first = pl.multiple_of(number * self.tile, self.tile)
+        near = tuple(tiles for tiles in self.near if (tiles - turn) % self.tiles == 0)
+        apart = (key_block - query_block) * self.tiles + number - index
+        return Keys(number, pl.ds(first, self.tile), first, apart, near)
 
     def kept(
-        self, seeds: list[Array], query_block: Array, index: Array, key_block: Array, keys: Keys
-    ) -> Bool[Array, "rows tile"]:
-        """Probabilities of a tile of queries and one of keys that dropout keeps; a seed for every head of the group."""
-        first_query, first_key = query_block * self.block + index * self.tile, key_block * self.block + keys.first
+        self, seeds: list[Array], query_block: Array, index: int | Array, key_block: Array, pair: list[Keys]
+    ) -> Bool[Array, "rows keys"]:
+        """Probabilities of a tile of queries and a pair of keys that dropout keeps; a seed for every head."""
+        first_query = query_block * self.block + index * self.tile
         queries = first_query + lax.broadcasted_iota(jnp.int32, (self.tile, 1), 0)
-        keys = first_key + lax.broadcasted_iota(jnp.int32, (1, self.tile), 1)
+        lane = lax.broadcasted_iota(jnp.int32, (1, self.tile), 1)
+        keys = jnp.concatenate([key_block * self.block + keys.first + lane for keys in pair], axis=1)
         return jnp.concatenate([kept(seed, queries, keys, self.dropout_rate) for seed in seeds])
+
+    def as_rows(self, column: Float[Array, "rows 1"]) -> Float[Array, "group tile"]:
+        """A row for each head, without a transposition."""
+        row, lane = (lax.broadcasted_iota(jnp.int32, (self.tile, self.tile), axis) for axis in (0, 1))
+        of_heads = self.heads(column)
+        return jnp.concatenate([jnp.where(row == lane, of_head, 0).sum(0, keepdims=True) for of_head in of_heads])
+
+    def as_column(self, values: Float[Array, "group tile"]) -> Float[Array, "rows 1"]:
+        """The rows of all heads under one another."""
+        row, lane = (lax.broadcasted_iota(jnp.int32, (self.tile, self.tile), axis) for axis in (0, 1))
+        of_heads = (values[head : head + 1] for head in range(self.group))
+        return jnp.concatenate([jnp.where(row == lane, of_head, 0).sum(1, keepdims=True) for of_head in of_heads])
+
+    def when(self, condition: Array) -> Callable[[Callable[[], None]], None]:
+        """Decorator of what is done if a block is one of some of the blocks: always, if there is but one.
+
+        The compiler reorders instructions between branches only.
+        """
+        return pl.when(condition) if self.blocks > 1 else lambda done: done()
+
+
+def seeds_of_heads(layout: Layout, seeds: Any) -> list[Array]:
+    """The seeds of dropout of the heads of this program, from those of all rows and heads."""
+    row, group = pl.program_id(0), pl.program_id(1)
+    return [seeds[row, group * layout.group + head] for head in range(layout.group)] if layout.dropout_rate else []
+
+
+def together(arrays: Iterable[Any]) -> Array:
+    """The tiles of a pair under one another."""
+    return jnp.concatenate(list(arrays))

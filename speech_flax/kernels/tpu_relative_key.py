@@ -63,18 +63,12 @@ def _skew(layout: Layout, by_distance: Float[Array, "tile table"]) -> Float[Arra
     return jnp.where(column < row + shift, far_left, by_key)
 
 
-def gradient_by_distance(
-    layout: Layout, keys: list[Keys], d_scores: list[Float[Array, "rows tile"]]
-) -> Float[Array, "rows table"]:
-    """Gradients by row of the table, in reversed order, from those of the scores of the window's keys."""
+def gradient_by_distance(layout: Layout, d_scores: list[Float[Array, "rows tile"]]) -> Float[Array, "rows table"]:
+    """Gradients by row of the table, in reversed order, from those of the scores of the window's keys, tile by tile."""
     size, dtype = layout.tile, d_scores[0].dtype
     row, column = (lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
     reversal = jnp.where(row + column == size - 1, 1, 0).astype(dtype)
-    by_key = []
-    for apart in reversed(layout.near):
-        [(tile, gradient)] = [pair for pair in zip(keys, d_scores, strict=True) if apart in pair[0].near]
-        in_window = jnp.where(tile.apart == apart, gradient, jnp.zeros_like(gradient))
-        by_key.append(multiply(in_window, reversal))
+    by_key = [multiply(of_tile, reversal) for of_tile in reversed(d_scores)]
     of_heads = layout.heads(jnp.concatenate(by_key, axis=1))
     return jnp.concatenate([_unskew(layout, of_head) for of_head in of_heads]).astype(dtype)
 
