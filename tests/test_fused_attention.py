@@ -17,10 +17,11 @@ from speech_flax.kernels.gpu_attention import GPUAttention
 from speech_flax.kernels.positions import RelativeKey
 
 # frames, heads, head size, (left, right) of the clipped distances or None, dropout. Tiles of 16 queries and blocks of
-# at most 32 or 64 frames: one block and several, two heads to a register and one, clips within a tile, beyond it and
-# beyond the input.
+# at most 32 or 64 frames: one block, of one tile and of three, and several blocks; two heads to a register and one;
+# clips within a tile, beyond it and beyond the input.
 CASES = {
     "relative keys, dropout, one block": (40, 2, 8, (5, 3), 0.2),
+    "relative keys, dropout, one tile": (13, 2, 8, (5, 3), 0.2),
     "relative keys, dropout, three blocks": (70, 2, 8, (20, 3), 0.3),
     "relative keys that reach beyond the input, odd head size": (37, 2, 5, (100, 50), 0.0),
     "no positions, one head, dropout, two blocks": (50, 1, 16, None, 0.2),

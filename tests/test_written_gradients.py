@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from speech_flax.kernels.products import weighted
-from speech_flax.layers.feed_forward import gelu
+from speech_flax.layers import feed_forward
+from speech_flax.layers.feed_forward import gelu, silu
 from speech_flax.layers.normalization import instance_norm, layer_norm
 
 RANDOM = np.random.default_rng(0)
@@ -40,6 +41,19 @@ def test_product_with_weights(leading):
 def test_gelu():
     """Of values between -6 and 6: both tails of the distribution too."""
     assert_equal(gelu, lambda values: jax.nn.gelu(values, approximate=False), np.linspace(-6, 6, 97, dtype=np.float32))
+
+
+def test_silu():
+    assert_equal(silu, jax.nn.silu, np.linspace(-20, 20, 97, dtype=np.float32))
+
+
+def test_the_formulation_of_silu_for_tpus(monkeypatch):
+    """A sigmoid to one unit of its last place, times values up to 20; and its gradient."""
+    monkeypatch.setattr(feed_forward, "for_platform", lambda *operands, tpu, **_: tpu(*operands))
+    values = np.linspace(-20, 20, 97, dtype=np.float32)
+    actual, expected = (jax.vmap(jax.value_and_grad(function))(values) for function in (silu, jax.nn.silu))
+    for one, other in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=20 * 2**-23)
 
 
 @pytest.mark.parametrize("leading", [(6,), (3, 12)])

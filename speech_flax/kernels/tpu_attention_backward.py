@@ -138,7 +138,7 @@ class _Backward:
         interleave(
             (1, self.finish(jnp.maximum(index - 1, 0))),  # adds nothing before the first tile: the window is zero
             (0, self.weigh(index, pairs, dropped, d_scores)),
-            (2, score_next),
+            (2 if self.layout.relative else 1, score_next),  # the term of relative keys takes a while
             (1, distribute),
         )
 

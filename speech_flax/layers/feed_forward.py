@@ -10,6 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from speech_flax.kernels.platforms import for_platform
 from speech_flax.layers.dropout import Dropout
 from speech_flax.layers.linear import linear
 
@@ -40,13 +41,41 @@ def _gelu_backward(inputs: Array, cotangent: Array) -> tuple[Array]:
 
 gelu.defvjp(_gelu_forward, _gelu_backward)
 
+
+@jax.custom_vjp
+def silu(inputs: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """``x`` times its sigmoid (Elfwing et al. 2018), also called swish.
+
+    The backward pass computes the sigmoid again.
+    """
+    values = inputs.astype(jnp.float32)
+    return (values * _sigmoid(values)).astype(inputs.dtype)
+
+
+def _sigmoid(values: Array) -> Array:
+    """In float32; on TPUs, where the hyperbolic tangent is a single instruction, by that: to 1e-7."""
+    return for_platform(values, default=jax.nn.sigmoid, tpu=lambda values: 0.5 + 0.5 * jnp.tanh(0.5 * values))
+
+
+def _silu_forward(inputs: Array) -> tuple[Array, Array]:
+    return silu(inputs), inputs
+
+
+def _silu_backward(inputs: Array, cotangent: Array) -> tuple[Array]:
+    values = inputs.astype(jnp.float32)
+    sigmoid = _sigmoid(values)
+    return ((cotangent.astype(jnp.float32) * sigmoid * (1 + values * (1 - sigmoid))).astype(cotangent.dtype),)
+
+
+silu.defvjp(_silu_forward, _silu_backward)
+
 #: Activations by the names of Transformers. ``gelu`` is the exact one.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": gelu,
     "gelu_new": partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
+    "silu": silu,
+    "swish": silu,
     "tanh": jnp.tanh,
     "sigmoid": jax.nn.sigmoid,
 }
