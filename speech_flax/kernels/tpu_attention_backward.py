@@ -198,8 +198,8 @@ class _Backward:
         d_query = jnp.zeros((layout.rows, layout.tile), jnp.float32)
         yield
         for pair, weights, d_score in zip(pairs, dropped, d_scores, strict=True):
-            self._add(memory.value_sum, [keys.number for keys in pair], multiply(d_attended, weights))
             self._add(memory.key_sum, [(keys.place, keys.number) for keys in pair], multiply(query, d_score))
+            self._add(memory.value_sum, [keys.number for keys in pair], multiply(d_attended, weights))
             d_query += multiply(d_score, together(memory.placed_keys[keys.place, keys.rows] for keys in pair))
             self._keep_window(pair, d_score)
             yield
