@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from speech_flax.audio.decoding import AudioError
 from speech_flax.data.plan import EMPTY_ROW, BatchPlan, PlannedBatch
+from speech_flax.data.read_ahead import read_ahead, reading_threads
 from speech_flax.data.sources import Utterances
 from speech_flax.data.speed import SpeedPerturbed
 from speech_flax.data.waveform_cache import WaveformCache
@@ -144,18 +145,22 @@ class BatchLoader:
         Raises:
             OSError, ValueError: whatever goes wrong other than an unreadable audio file, at the step where it does.
         """
-        import grain
-
         num_steps = self.plan.steps_per_epoch if num_steps is None else num_steps
-        steps = grain.MapDataset.range(first_step, first_step + num_steps).map(self._reader)
-        threads = 1 if self._num_processes else self._num_workers
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-        dataset = steps.to_iter_dataset(options)
+        steps = range(first_step, first_step + num_steps)
         if self._num_processes:
-            _let_grain_read_its_flags()
-            workers = grain.MultiprocessingOptions(num_workers=self._num_processes, per_worker_buffer_size=2)
-            dataset = dataset.mp_prefetch(workers)
-        iterator = iter(dataset)
+            yield from self._from_processes(steps)
+        else:
+            with reading_threads(self._num_workers) as pool:
+                yield from read_ahead(pool, self._reader, steps, 2 * self._num_workers)
+
+    def _from_processes(self, steps: range) -> Iterator[Batch]:
+        import grain  # takes a second, which threads need not wait for
+
+        _let_grain_read_its_flags()
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+        workers = grain.MultiprocessingOptions(num_workers=self._num_processes, per_worker_buffer_size=2)
+        read = grain.MapDataset.range(steps.start, steps.stop).map(self._reader).to_iter_dataset(options)
+        iterator = iter(read.mp_prefetch(workers))
         try:
             yield from iterator
         finally:

@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+import operator
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -18,6 +20,7 @@ from tqdm import tqdm
 from speech_flax.data.buckets import Bucket
 from speech_flax.data.loader import LABEL_MULTIPLE, Batch, BatchReader, LabelEncoder, PlanToRead, rows_of_process
 from speech_flax.data.plan import EMPTY_ROW
+from speech_flax.data.read_ahead import read_ahead, reading_threads
 from speech_flax.data.shards import Shards
 from speech_flax.data.sources import DataSource
 from speech_flax.data.stream import BEGINNING, Position, ReaderWindow, Stream, StreamedUtterance
@@ -129,29 +132,23 @@ class StreamLoader:
             if len(self._starts) == 1:
                 raise ValueError(f"the stream stands at step {self._starts[0].first_step}, behind step {first_step}")
             self._starts.pop()
-        with _threads(self._num_workers) as decoding, self._windows() as windows:
-            steps = ((reader, step) for reader in windows for step in reader.plan.steps if step >= first_step)
-            ahead: deque[Future[Batch]] = deque()
-            for reader, step in islice(steps, num_steps):
-                ahead.append(decoding.submit(reader, step))
-                if len(ahead) > 2 * self._num_workers:
-                    yield self._arrived(ahead.popleft())
-            while ahead:
-                yield self._arrived(ahead.popleft())
+        with reading_threads(self._num_workers) as decoding, self._windows() as windows:
+            steps = (partial(reader, step) for reader in windows for step in reader.plan.steps if step >= first_step)
+            for batch in read_ahead(decoding, operator.call, islice(steps, num_steps), 2 * self._num_workers):
+                self._forget_before(batch)
+                yield batch
 
-    def _arrived(self, future: Future[Batch]) -> Batch:
-        """A batch; windows that lie behind it are forgotten, but for the step before, whose metrics come late."""
-        batch = future.result()
+    def _forget_before(self, batch: Batch) -> None:
+        """Windows that lie behind a batch are forgotten, but for the step before, whose metrics come late."""
         self.plan.forget(batch.step - 1)
         while len(self._starts) > 1 and self._starts[1].first_step <= batch.step:
             self._starts.popleft()
-        return batch
 
     @contextmanager
     def _windows(self) -> Iterator[Iterator[BatchReader]]:
         """Readers of the batches of one window after the other."""
         stop = threading.Event()
-        with _threads(min(len(self._own_readers), _MOST_READING)) as reading:
+        with reading_threads(min(len(self._own_readers), _MOST_READING)) as reading:
             try:
                 yield self._window_by_window(reading, stop)
             finally:
@@ -254,13 +251,3 @@ def streamed_label_widths(buckets: Sequence[Bucket], labels_per_second: float) -
     """Labels per row of every bucket, where transcripts are not known beforehand: a multiple of 8."""
     most = (math.ceil(bucket.max_seconds * labels_per_second) for bucket in buckets)
     return tuple(-(-count // LABEL_MULTIPLE) * LABEL_MULTIPLE for count in most)
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool that drops what it has not begun when it is left."""
-    pool = ThreadPoolExecutor(number, thread_name_prefix="stream")
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
