@@ -1,6 +1,8 @@
 """Batches of audio: the same whoever reads them, whole over all hosts, and counted where a file is bad."""
 
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +89,21 @@ def test_threads_and_processes_and_the_cache_do_not_change_batches(corpus):
     assert_equal(alone, list(load_batches(plan, utterances, Letters(), 0, steps, num_workers=8)))
     assert_equal(alone, list(load_batches(plan, utterances, Letters(), 0, steps, cache_decoded_mb=10)))
     assert_equal(alone[2:6], list(load_batches(plan, utterances, Letters(), 2, 4, num_processes=2)))
+
+
+READ_ONE = """
+import sys
+from test_data_loader import DataSource, Letters, load_batches, make_plan, open_source
+
+next(load_batches(make_plan(), open_source(DataSource(sys.argv[1])), Letters()))
+print(*{"datasets", "pandas", "grain", "orbax.checkpoint"} & set(sys.modules))
+"""
+
+
+def test_audio_files_of_a_csv_table_are_read_without_libraries_that_take_seconds_to_import(corpus, tmp_path):
+    command = [sys.executable, "-c", READ_ONE, str(tmp_path / "table.csv")]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 def test_reading_can_begin_at_any_step(corpus):

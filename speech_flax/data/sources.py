@@ -170,6 +170,8 @@ class Utterances(Sequence[Utterance]):
 
     def _identities(self) -> list[str]:
         """What changes when the audio of an utterance does: its file, or the files of the table that embeds it."""
+        if _is_text(self._audio.features[self._audio_column]):
+            return [file_identity(self._encoded(index)) for index in range(len(self))]
         import pyarrow.compute
 
         if f"{self._audio_column}.shard" in self._audio.flatten().column_names:
@@ -283,16 +285,23 @@ def _with_undecoded_audio(table: Table, column: str) -> Table:
     Raises:
         SourceError: when the column holds neither.
     """
+    feature = table.dataset.features[column]
+    if _is_text(feature):
+        return table
     from datasets import Audio, Value
 
-    feature = table.dataset.features[column]
     if isinstance(feature, Audio):
         return dataclasses.replace(table, dataset=table.dataset.cast_column(column, Audio(decode=False)))
     if isinstance(feature, dict) and {"bytes", "path", "shard"} & set(feature):
         return table
-    if isinstance(feature, Value) and feature.dtype in ("string", "large_string", "binary", "large_binary"):
+    if isinstance(feature, Value) and feature.dtype in ("binary", "large_binary"):
         return table
     raise SourceError(f"column {column!r} of {table.origin} holds {_type_name(feature)}, not paths or audio files")
+
+
+def _is_text(feature: Any) -> bool:
+    """Whether a column holds strings, those of ``datasets`` or of a CSV file."""
+    return getattr(feature, "dtype", None) in ("string", "large_string")
 
 
 def _type_name(feature: Any) -> str:

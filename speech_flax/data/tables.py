@@ -26,9 +26,42 @@ class SourceError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
+class Text:
+    """The feature of a column of strings, as ``datasets.Value("string")``."""
+
+    dtype: str = "string"
+
+
+class TextDataset:
+    """Columns of strings in memory: what :class:`Table` asks of a ``datasets.Dataset``, which takes long to import."""
+
+    def __init__(self, columns: dict[str, list[str]]):
+        self._columns = columns
+        self.column_names = list(columns)
+        self.features = dict.fromkeys(columns, Text())
+
+    def __len__(self) -> int:
+        return len(next(iter(self._columns.values()), ()))
+
+    def __getitem__(self, key: str | int) -> Any:
+        """A column by its name, a row by its number."""
+        if isinstance(key, str):
+            return self._columns[key]
+        return {name: values[key] for name, values in self._columns.items()}
+
+    def select_columns(self, names: Sequence[str]) -> "TextDataset":
+        """Some of the columns, not copied."""
+        return TextDataset({name: self._columns[name] for name in names})
+
+    def flatten(self) -> "TextDataset":
+        """The same: no column has parts."""
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
 class Table:
-    """Some ``rows`` of a ``datasets.Dataset``, which is never copied; relative audio paths start from ``directory``;
-    ``origin`` names the table in messages."""
+    """Some ``rows`` of a ``datasets.Dataset`` or :class:`TextDataset`, which is never copied; relative audio paths
+    start from ``directory``; ``origin`` names the table in messages."""
 
     dataset: Any
     rows: Int64[np.ndarray, "rows"]
@@ -190,10 +223,11 @@ def require_whole(split: str, origin: str) -> None:
 
 def _read_manifest(path: Path) -> Table:
     try:
-        columns = _read_json(path) if path.suffix in (".json", ".jsonl") else _read_csv(path)
+        if path.suffix in (".json", ".jsonl"):
+            return table_of_columns(_read_json(path), path.parent, str(path))
+        return Table.whole(TextDataset(_read_csv(path)), path.parent, str(path))
     except UnicodeDecodeError as error:
         raise SourceError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it") from error
-    return table_of_columns(columns, path.parent, str(path))
 
 
 def table_of_columns(columns: dict[str, list[Any]], directory: Path, origin: str) -> Table:
