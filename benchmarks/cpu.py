@@ -103,7 +103,7 @@ def measure(
         process.wait()
     return {
         side: {
-            "wall_ms": round(1000 * statistics.median(answer["wall"] for answer in times), 1),
+            "wall_ms": float(f"{1000 * statistics.median(answer['wall'] for answer in times):.4g}"),
             "cpu_ms": round(1000 * statistics.median(answer["cpu"] for answer in times), 1),
             "memory_mib": round(max(answer["memory"] for answer in times) / 2**20),
         }

@@ -24,7 +24,7 @@ _FLOOR = 1.192092955078125e-07
 _SCALE = 2.0**15  # the filter banks are defined on 16-bit samples
 _VARIANCE_FLOOR = 1e-7
 #: Frames that the CPU takes at once: their spectra stay in its cache, where those of whole recordings cost page faults.
-_BLOCK = 64
+_BLOCK = 128
 
 
 def num_log_mel_frames(num_samples: Int[Array, "batch"] | Int[np.ndarray, "batch"] | int):
