@@ -33,7 +33,8 @@ def test_both_sides_of_log_mel_compute_the_same_features(cpu):
 
     case = cpu.Case("log-mel", seconds=1)
     ours, theirs = prepare_ours(case)(), prepare_numpy_log_mel(case)()
-    np.testing.assert_allclose(ours["input_features"], theirs["input_features"], atol=5e-4, rtol=0)  # as in test_front_end.py
+    # the tolerance of test_front_end.py
+    np.testing.assert_allclose(ours["input_features"], theirs["input_features"], atol=5e-4, rtol=0)
 
 
 def test_short_runs_are_repeated_and_their_time_is_that_of_one(cpu, monkeypatch):
