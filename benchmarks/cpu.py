@@ -10,9 +10,8 @@ file by row, so that a selection can be run at a time; ``--table`` prints all of
 
 The sides: ``ours``; ``torch`` with scaled dot product attention; ``torch.compile`` of the same; ``torch, MKL as on
 Intel``: on processors of other makers MKL takes its AVX2 kernels, at half the speed of those with AVX-512, unless it is
-told otherwise; and ``torch, memory kept``: with what ``train.py`` tells the C library for training on the CPU, and
-``ours`` does in training. ``--huge-pages`` runs all sides with large memory pages from the C library
-(``GLIBC_TUNABLES``).
+told otherwise; and ``torch, huge pages``: with the large memory pages that ``train.py`` asks the C library for, and
+``ours`` therefore has in training. ``--huge-pages`` gives them to all sides.
 """
 
 import argparse
@@ -29,25 +28,30 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cpu_sides import KEPT, Case
+from cpu_sides import Case
 
 RESULTS = Path(__file__).parent.parent / "docs" / "benchmarks" / "cpu.json"
 MODELS = ("hubert-base", "hubert-large", "w2v-bert-2.0")
 INTEL = "torch, MKL as on Intel"
+PAGED = "torch, huge pages"
+#: What ``train.py`` and ``speech-flax`` give themselves, where the kernel gives large pages to who asks.
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+#: What is measured of every side.
+KEYS = ("wall_ms", "cpu_ms", "memory_mib")
 #: Layers of the training steps: all of hubert-base, a quarter of the large ones, whose other layers cost the same.
 TRAINED_LAYERS = {"hubert-base": 12, "hubert-large": 6, "w2v-bert-2.0": 6}
 
 
 def rows() -> Iterator[tuple[Case, tuple[str, ...]]]:
     """Every comparison, with its sides; the most important first."""
-    usual, all_sides = ("ours", "torch", INTEL), ("ours", "torch", INTEL, "torch.compile")
-    training = ("ours", "torch", KEPT, INTEL)
+    usual, training = ("ours", "torch", INTEL), ("ours", "torch", PAGED, INTEL)
     for threads in (1, 2):
+        compiled = ("torch.compile",) if threads == 1 else ()
         for model in MODELS:
-            yield Case("forward", model, threads=threads), all_sides if threads == 1 else usual
+            yield Case("forward", model, threads=threads), (*usual, *compiled)
         for model in MODELS:
             layers = TRAINED_LAYERS[model]
-            yield Case("training", model, layers, threads=threads), training
+            yield Case("training", model, layers, threads=threads), (*training, *compiled)
         for symbols in (32, 1000):
             yield Case("ctc", rows=8, symbols=symbols, threads=threads), ("ours", "torch")
         yield Case("log-mel", threads=threads), ("ours", "numpy")
@@ -62,8 +66,8 @@ def start(side: str, case: Case, preload: Path, huge_pages: bool, log: Any) -> s
     environment = {**os.environ, "OMP_NUM_THREADS": str(case.threads), "JAX_PLATFORMS": "cpu"}
     if side == INTEL:
         environment["LD_PRELOAD"] = str(preload)
-    if huge_pages:
-        environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+    if huge_pages or side == PAGED or (side == "ours" and case.kind == "training"):
+        environment |= HUGE_PAGES
     script = str(Path(__file__).parent / "cpu_sides.py")
     command = [sys.executable, script, side, json.dumps(case._asdict())]
     return subprocess.Popen(
@@ -104,7 +108,7 @@ def measure(
     return {
         side: {
             "wall_ms": float(f"{1000 * statistics.median(answer['wall'] for answer in times):.4g}"),
-            "cpu_ms": round(1000 * statistics.median(answer["cpu"] for answer in times), 1),
+            "cpu_ms": float(f"{1000 * statistics.median(answer['cpu'] for answer in times):.4g}"),
             "memory_mib": round(max(answer["memory"] for answer in times) / 2**20),
         }
         for side, times in answers.items()
@@ -136,16 +140,17 @@ def name(case: Case, huge_pages: bool) -> str:
 
 
 def table(results: dict[str, Any]) -> Iterator[str]:
-    yield "| row | side | wall [ms] | CPU [ms] | memory [MiB] | wall / ours | CPU / ours | memory / ours |"
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
-    for row, sides in results["rows"].items():
-        ours = sides.get("ours")
-        for side, numbers in sides.items():
-            ratios = ["", "", ""]
-            if ours and side != "ours":
-                ratios = [f"{numbers[key] / ours[key]:.2f}" for key in ("wall_ms", "cpu_ms", "memory_mib")]
-            cells = [row, side, numbers["wall_ms"], numbers["cpu_ms"], numbers["memory_mib"], *ratios]
-            yield f"| {' | '.join(map(str, cells))} |"
+    """A line for each row: ours, and what every other side takes of wall-clock time, CPU time and memory beside it."""
+    sides = list(dict.fromkeys(side for row in results["rows"].values() for side in row if side != "ours"))
+    yield f"| row | wall [ms] | CPU [ms] | memory [MiB] | {' | '.join(sides)} |"
+    yield "| --- " * (4 + len(sides)) + "|"
+    for row, measured in results["rows"].items():
+        cells = [row]
+        if ours := measured.get("ours"):
+            cells += [f"{ours[key]:.3g}" if ours[key] < 100 else f"{ours[key]:.0f}" for key in KEYS]
+            others = [measured.get(side, {}) for side in sides]
+            cells += [" / ".join(f"{other[key] / ours[key]:.2f}" for key in KEYS if other) for other in others]
+        yield f"| {' | '.join(cells)} |"
 
 
 def main() -> None:

@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from speech_flax.training.freed_memory import keep_freed_memory
-
 
 class Case(NamedTuple):
     """What is computed: ``forward``, ``training``, ``log-mel`` or ``ctc``.
@@ -34,8 +32,6 @@ class Case(NamedTuple):
     threads: int = 1
 
 
-#: The side of PyTorch whose freed memory stays with the process, as that of this library does in training.
-KEPT = "torch, memory kept"
 #: Share of the longest utterance that the utterances of a batch last.
 LENGTHS = (1.0, 0.9, 0.8, 0.7)
 LABELS_PER_SECOND = 10
@@ -259,8 +255,6 @@ def main() -> None:
     os.sched_setaffinity(0, cores[-case.threads :])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # nothing but answers on the standard output
-    if side == KEPT or (side == "ours" and case.kind == "training"):  # as train.py does
-        keep_freed_memory()
     preparation, idle = prepare(side, case)
     run = preparation(case)
     started = time.perf_counter()

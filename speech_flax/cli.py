@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from speech_flax.huge_pages import start_with_huge_pages
+
 if TYPE_CHECKING:
     from speech_flax.training.experiment import Experiment
 
@@ -33,8 +35,11 @@ Each command explains itself with --help."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one sub-command and return its exit code."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    """Run one sub-command and return its exit code; without ``arguments`` that of this process."""
+    if arguments is None:
+        start_with_huge_pages()
+        arguments = sys.argv[1:]
+    arguments = list(arguments)
     commands: dict[str, Callable[[Sequence[str]], int]] = {
         "train": _train,
         "convert": _convert,
@@ -65,7 +70,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(arguments: Sequence[str]) -> int:
     from speech_flax.training.experiment import experiment_parser, parse_experiment
-    from speech_flax.training.freed_memory import keep_freed_memory
     from speech_flax.training.loop import train
 
     parser = experiment_parser()
@@ -90,7 +94,6 @@ def _train(arguments: Sequence[str]) -> int:
         return _preflight(experiment, options.preflight, detailed=options.detailed, as_json=options.json)
     if options.detailed or options.json:
         raise ValueError("--detailed and --json say how to --preflight; give the slice too, as in v5e:4x4")
-    keep_freed_memory()  # of the whole process: for the program to say, not for train()
     with _memory_explained():
         train(experiment)
     return 0
