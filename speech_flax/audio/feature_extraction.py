@@ -1,10 +1,7 @@
 """The feature extractor of Wav2Vec2-BERT, with the interface and the file of Transformers."""
 
-import functools
-from collections.abc import Callable
 from typing import Any, ClassVar
 
-import jax
 import numpy as np
 from jaxtyping import Float32
 
@@ -13,15 +10,6 @@ from speech_flax.audio.log_mel import log_mel, num_log_mel_frames
 
 #: Waveforms are padded to a multiple of this for the computation, so that few shapes are compiled (samples).
 _ROUNDING = 16_000
-
-
-@functools.cache
-def _program(num_mel_bins: int, stride: int) -> Callable[..., Any]:
-    """:func:`log_mel` as a program of its own: on the CPU in a single thread, as blocks of frames are too little work
-    for several."""
-    options = {"xla_cpu_multi_thread_eigen": False} if jax.default_backend() == "cpu" else None
-    compute = functools.partial(log_mel, num_mel_bins=num_mel_bins, stride=stride)
-    return jax.jit(compute, compiler_options=options)
 
 
 class SeamlessM4TFeatureExtractor(FeatureExtractor):
@@ -114,7 +102,7 @@ class SeamlessM4TFeatureExtractor(FeatureExtractor):
             return np.zeros((0, self.num_mel_bins), np.float32)
         padded = np.zeros((1, -(-samples // _ROUNDING) * _ROUNDING), np.float32)
         padded[0, :samples] = waveform
-        vectors, _ = _program(self.num_mel_bins, self.stride)(padded, np.array([samples]))
+        vectors, _ = log_mel(padded, np.array([samples]), num_mel_bins=self.num_mel_bins, stride=self.stride)
         return np.asarray(vectors).reshape(-1, self.num_mel_bins)[:frames]
 
     def _stacked(self, frames: Float32[np.ndarray, "frames mel_bins"]) -> Float32[np.ndarray, "vectors features"]:
