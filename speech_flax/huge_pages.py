@@ -33,11 +33,14 @@ def _helps() -> bool:
         return False
     if os.environ.get("JAX_PLATFORMS") != "cpu" and any(any(Path("/dev").glob(name)) for name in _ACCELERATORS):
         return False
+    return _glibc() >= _GLIBC and _KERNEL.exists() and "[madvise]" in _KERNEL.read_text()
+
+
+def _glibc() -> tuple[int, int]:
+    """The version of glibc, (0, 0) for another C library."""
     known = "CS_GNU_LIBC_VERSION" in getattr(os, "confstr_names", {})
-    glibc = re.match(r"glibc (\d+)\.(\d+)", os.confstr("CS_GNU_LIBC_VERSION") or "") if known else None
-    if glibc is None or tuple(map(int, glibc.groups())) < _GLIBC:
-        return False
-    return _KERNEL.exists() and "[madvise]" in _KERNEL.read_text()
+    found = re.match(r"glibc (\d+)\.(\d+)", os.confstr("CS_GNU_LIBC_VERSION") or "") if known else None
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def _is_the_command() -> bool:

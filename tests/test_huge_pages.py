@@ -1,7 +1,6 @@
 """A command is started anew with large pages of memory, where that helps and is in nobody's way."""
 
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -27,10 +26,7 @@ faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 print(*sys.argv[1:], sys.flags.utf8_mode, os.environ.get("GLIBC_TUNABLES"), faults)
 """
 
-glibc = pytest.mark.skipif(
-    tuple(map(int, platform.libc_ver()[1].split(".")[:2] or [0])) < huge_pages._GLIBC or not hasattr(os, "confstr"),
-    reason="the C library is not glibc 2.35 or later",
-)
+glibc = pytest.mark.skipif(huge_pages._glibc() < huge_pages._GLIBC, reason="the C library is not glibc 2.35 or later")
 
 
 def run(directory: Path, kernel: str = "always [madvise] never\n", disturb: str = "", **environment: str) -> list[str]:
@@ -50,7 +46,7 @@ def test_the_same_process_runs_the_same_command_with_large_pages(tmp_path):
     *given, tunables, faults = said.split()
     assert given == ["--steps", "3", "1"] and tunables == "glibc.malloc.hugetlb=1"
     if huge_pages._KERNEL.exists() and "[madvise]" in huge_pages._KERNEL.read_text():
-        assert int(faults) < 1000  # 100 MB in pages of 4 KiB are 24,000
+        assert int(faults) < 12_000  # 100 MB in pages of 4 KiB are 24,000, in large ones 50 where memory is not in pieces
 
 
 @pytest.mark.parametrize(
