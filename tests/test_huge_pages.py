@@ -46,7 +46,7 @@ def test_the_same_process_runs_the_same_command_with_large_pages(tmp_path):
     *given, tunables, faults = said.split()
     assert given == ["--steps", "3", "1"] and tunables == "glibc.malloc.hugetlb=1"
     if huge_pages._KERNEL.exists() and "[madvise]" in huge_pages._KERNEL.read_text():
-        assert int(faults) < 12_000  # 100 MB in pages of 4 KiB are 24,000, in large ones 50 where memory is not in pieces
+        assert int(faults) < 12_000  # 100 MB are 24,000 pages of 4 KiB, and 50 large ones
 
 
 @pytest.mark.parametrize(
