@@ -237,11 +237,13 @@ class Kill:
 
 def kill(run: Run, moment: str, generator: random.Random) -> Kill:
     """Start a run, let it get on, and kill it: while it starts, anywhere between steps, or during a save."""
+    left = STEPS - (run.checkpoints() or [0])[-1]
     before, process = len(run.noted()), run.start()
     if moment == "start":
-        time.sleep(generator.uniform(0, START_SECONDS))
+        end = time.monotonic() + generator.uniform(0, START_SECONDS)
+        wait_for(lambda: time.monotonic() > end or len(run.noted()) > before, process)
     else:
-        steps = generator.randint(2, 3 * EVERY)
+        steps = generator.randint(2, max(2, min(3 * EVERY, left - 3 * EVERY)))  # the run is not to end before
         wait_for(lambda: len(run.noted()) >= before + steps, process)
         if moment == "save":
             wait_for(run.incomplete, process)
