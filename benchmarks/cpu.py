@@ -30,12 +30,12 @@ from typing import Any
 
 from cpu_sides import Case
 
+from speech_flax.huge_pages import SETTING as HUGE_PAGES
+
 RESULTS = Path(__file__).parent.parent / "docs" / "benchmarks" / "cpu.json"
 MODELS = ("hubert-base", "hubert-large", "w2v-bert-2.0")
 INTEL = "torch, MKL as on Intel"
 PAGED = "torch, huge pages"
-#: What ``train.py`` and ``speech-flax`` give themselves, where the kernel gives large pages to who asks.
-HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 #: What is measured of every side.
 KEYS = ("wall_ms", "cpu_ms", "memory_mib")
 #: Layers of the training steps: all of hubert-base, a quarter of the large ones, whose other layers cost the same.

@@ -5,6 +5,8 @@ import re
 import sys
 from pathlib import Path
 
+#: What has the C library ask for large pages, in the environment that a program starts with.
+SETTING = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 _ACCELERATORS = ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "kfd")
 #: The first version that can ask for large pages.
 _GLIBC = (2, 35)
@@ -24,8 +26,7 @@ def start_with_huge_pages() -> None:
     ``GLIBC_TUNABLES``) or a debugger, and when Python was started for something else, a notebook say.
     """
     if _helps() and _is_the_command():
-        environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | SETTING)
 
 
 def _helps() -> bool:

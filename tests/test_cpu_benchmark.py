@@ -1,23 +1,17 @@
 """benchmarks/cpu.py: both sides of a row compute the same, take turns, and are timed by many runs if they are short."""
 
 import itertools
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def cpu():
-    sys.path.insert(0, str(BENCHMARKS))
+def cpu(benchmarks):
     import cpu
 
-    yield cpu
-    sys.path.remove(str(BENCHMARKS))
+    return cpu
 
 
 def test_both_sides_of_ctc_compute_the_same_loss(cpu):

@@ -41,12 +41,10 @@ for what in sys.argv[1:]:
 
 
 @pytest.fixture(scope="module")
-def gpu():
-    sys.path.insert(0, str(BENCHMARKS))
+def gpu(benchmarks):
     import gpu
 
-    yield gpu
-    sys.path.remove(str(BENCHMARKS))
+    return gpu
 
 
 def _tiny(gpu, side, model, mode, settings):

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +9,12 @@ import numpy as np
 import pytest
 from random_parameters import random_parameters
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def growth():
-    sys.path.insert(0, str(BENCHMARKS))
+def growth(benchmarks):
     import growth
 
-    yield growth
-    sys.path.remove(str(BENCHMARKS))
+    return growth
 
 
 def test_a_selected_row_is_measured_and_kept_beside_the_others(growth, tmp_path, monkeypatch):
