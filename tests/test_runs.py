@@ -23,9 +23,10 @@ SCRIPT = Path(__file__).parent / "recorded_run.py"
 STEPS = 60
 EVERY = 4
 STEP_SECONDS = 0.05
-#: Most seconds from the start of a process, or of a save, to a kill.
+#: Most seconds from the start of a process to a kill.
 START_SECONDS = 12.0
-SAVE_SECONDS = 0.3
+#: Most files that a save may have written when it is killed, of the 13 or more that it writes.
+SAVE_FILES = 10
 #: Of the moments at which the twenty kills fall.
 SEED = 5
 #: One of the twenty audio files cannot be read.
@@ -95,6 +96,12 @@ class Run:
     def incomplete(self) -> list[str]:
         """Checkpoints that were being written, or are."""
         return sorted(path.name for path in (self.directory / "checkpoints").glob("*tmp*"))
+
+    def is_saving(self, files: int) -> bool:
+        """Whether a checkpoint is being written of which ``files`` files are there."""
+        directory = self.directory / "checkpoints"
+        written = [sum(len(names) for *_, names in os.walk(directory / name)) for name in self.incomplete()]
+        return any(count >= files for count in written)
 
     def checksums(self) -> dict[str, int]:
         """Of every array of the last checkpoint: parameters, moments, counters."""
@@ -246,8 +253,8 @@ def kill(run: Run, moment: str, generator: random.Random) -> Kill:
         steps = generator.randint(2, max(2, min(3 * EVERY, left - 3 * EVERY)))  # the run is not to end before
         wait_for(lambda: len(run.noted()) >= before + steps, process)
         if moment == "save":
-            wait_for(run.incomplete, process)
-            time.sleep(generator.uniform(0, SAVE_SECONDS))
+            files = generator.randint(0, SAVE_FILES)
+            wait_for(lambda: run.is_saving(files), process)
         else:
             time.sleep(generator.uniform(0, STEP_SECONDS))
     process.kill()
